@@ -1,0 +1,23 @@
+"""Fine-tune Vision Transformers in a fraction of the memory, by adding callbacks to a Lightning Trainer."""
+
+from lightning_bsr._errors import ConfigurationError
+from lightning_bsr._version import __version__
+from lightning_bsr.callbacks import (
+    ActivationMemoryMonitor,
+    BlockSelect,
+    BlockSelectCallback,
+    TokenDrop,
+    TokenDropCallback,
+)
+from lightning_bsr.vit import register_block
+
+__all__ = [
+    "ActivationMemoryMonitor",
+    "BlockSelect",
+    "BlockSelectCallback",
+    "ConfigurationError",
+    "TokenDrop",
+    "TokenDropCallback",
+    "__version__",
+    "register_block",
+]

@@ -1,0 +1,13 @@
+"""Lightning callbacks: each attaches one lever at the right moment of a run and undoes it afterwards."""
+
+from lightning_bsr.callbacks.activation_memory_monitor import ActivationMemoryMonitor
+from lightning_bsr.callbacks.block_select import BlockSelect, BlockSelectCallback
+from lightning_bsr.callbacks.token_drop import TokenDrop, TokenDropCallback
+
+__all__ = [
+    "ActivationMemoryMonitor",
+    "BlockSelect",
+    "BlockSelectCallback",
+    "TokenDrop",
+    "TokenDropCallback",
+]

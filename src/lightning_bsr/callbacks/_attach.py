@@ -1,0 +1,74 @@
+"""When in a Trainer's life to attach to the ViT, and when to let go of it."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Protocol
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
+
+
+class Handle(Protocol):
+    """What an installer returns."""
+
+    def remove(self) -> None:
+        """Undo what was installed."""
+
+
+class AttachingCallback(Callback):
+    """Attaches once the module is built, before the strategy wraps it, and detaches however the run ends."""
+
+    stages: tuple[str, ...] = ("fit", "validate", "test", "predict")
+
+    def __init__(self) -> None:
+        self._handle: Handle | None = None
+
+    @abstractmethod
+    def attach(self, trainer: Trainer, pl_module: LightningModule) -> Handle:
+        """Install the lever on ``pl_module`` and return its handle."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        def attach() -> None:
+            self._handle = self.attach(trainer, pl_module)
+            rank_zero_info(f"{type(self).__name__}: {self._handle}.")
+
+        if stage in self.stages:
+            _when_built(pl_module, attach)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._detach(pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._detach(pl_module)
+
+    def _detach(self, pl_module: LightningModule) -> None:
+        if hasattr(vars(pl_module).get("configure_model"), "_lightning_bsr"):
+            del pl_module.configure_model
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
+def _when_built(pl_module: LightningModule, attach: Callable[[], None]) -> None:
+    """Call ``attach`` now, or after ``configure_model`` if the module may still build or replace its ViT.
+
+    A module may do so in its ``setup`` or its ``configure_model``, both of which run after the callbacks' ``setup``.
+    The replaced ``configure_model`` is for one call: it puts the module's own back.
+    """
+    if not (is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)):
+        attach()
+        return
+    build = pl_module.configure_model
+
+    def configure_model() -> None:
+        vars(pl_module).pop("configure_model", None)
+        build()
+        attach()
+
+    configure_model._lightning_bsr = True  # type: ignore[attr-defined]
+    pl_module.configure_model = configure_model  # type: ignore[method-assign]

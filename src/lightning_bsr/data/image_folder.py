@@ -1,0 +1,212 @@
+"""The user's own pictures, one folder per class, checked before training starts."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from lightning_bsr._errors import ConfigurationError
+from lightning_bsr.data._base import ClassificationData, TransformedSubset, split_by_class
+from lightning_bsr.data._checks import are_numbers
+from lightning_bsr.data._pictures import (
+    PictureFolder,
+    list_classes,
+    require_decodable,
+    require_folder,
+    require_same_classes,
+    shorten,
+)
+
+_LAYOUT = "a folder with train/<class>/<images> in it"
+
+
+class ImageFolderDataModule(ClassificationData):
+    """Pictures in ``root/train/<class>/``, and if there are such folders ``root/val`` and ``root/test``.
+
+    Batches are ``(images, labels)`` of shapes [B, 3, img_size, img_size] and [B]; a label is the position
+    of the class among the sorted names of the class folders. Without ``root/val`` a part of each training
+    class is put aside for validation; those images get the evaluation transforms. ``predict`` goes through
+    ``root/test``, or the validation images if there is none. Grey, palette, transparent and CMYK files are
+    read as RGB.
+
+    All of it is looked at before training starts: in ``prepare_data`` every file is decoded once (in
+    distributed training by one process), and the folders are compared there and in ``setup``.
+
+    The order of the training images depends on ``seed`` and the epoch only, so a run resumed at the end of
+    an epoch sees the order of an uninterrupted one. A checkpoint from the middle of an epoch resumes that
+    epoch's order from its start, for the batches that were left. Lightning does not store the state of the
+    random generators, so a resumed run draws other crops and flips. The global random state is left alone
+    by the split.
+
+    Args:
+        root: The folder that holds ``train``; ``~`` is understood.
+        batch_size: Images in a batch.
+        img_size: Height and width of the images.
+        val_fraction: The part of each training class put aside for validation if ``root/val`` does not
+            exist, above 0 and below 1; at least one image a class.
+        seed: Chooses the validation split and the training order.
+        num_workers: Processes that load batches; by default as many as Lightning suggests for this machine,
+            and no more than 8.
+        mean: Subtracted from each channel's values, which go from 0 to 1.
+        std: Each channel is divided by it.
+        scale: The smallest and largest part of a training picture's area that a random crop takes. The
+            default suits photographs; small pictures need more of themselves, such as ``(0.5, 1.0)``.
+        hflip: Mirror half of the training images, left to right.
+        check_files: Decode every file once before training, to find corrupt and truncated ones.
+
+    Raises:
+        ConfigurationError: From the constructor when an argument is out of range; from ``prepare_data`` and
+            ``setup`` when the folders or files cannot be used.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> for name in ("cat", "dog"):
+        ...     directory = Path(folder.name, "train", name)
+        ...     directory.mkdir(parents=True)
+        ...     for number in range(4):
+        ...         Image.new("RGB", (40, 30)).save(directory / f"{number}.png")
+        >>> data = ImageFolderDataModule(folder.name, batch_size=6, img_size=32, num_workers=0)
+        >>> data.class_names
+        ['cat', 'dog']
+        >>> images, labels = next(iter(data.train_dataloader()))
+        >>> images.shape, labels.shape
+        (torch.Size([6, 3, 32, 32]), torch.Size([6]))
+        >>> folder.cleanup()
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        batch_size: int = 64,
+        img_size: int = 224,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        num_workers: int | None = None,
+        mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        scale: tuple[float, float] = (0.05, 1.0),
+        hflip: bool = True,
+        check_files: bool = True,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            img_size=img_size,
+            val_fraction=val_fraction,
+            seed=seed,
+            num_workers=num_workers,
+            mean=mean,
+            std=std,
+        )
+        if not are_numbers(scale, 2) or not 0 < scale[0] <= scale[1] <= 1:
+            raise ConfigurationError(
+                f"scale is {scale!r}, expected two numbers above 0 and at most 1, the smaller one first."
+            )
+        self.root = Path(root).expanduser()
+        self.scale = tuple(scale)
+        self.hflip = hflip
+        self.check_files = check_files
+        self._files_checked = False
+        self._folders: dict[str, PictureFolder] = {}
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the class folders in ``root/train``, sorted; only folder names are read."""
+        self._require_train()
+        return list_classes(self.root / "train")
+
+    def prepare_data(self) -> None:
+        """Look at all folders and, once in the life of this object, decode all files.
+
+        Raises:
+            ConfigurationError: They cannot be used; names what is wrong.
+        """
+        self._scan()
+        if self.check_files and not self._files_checked:
+            paths = [path for folder in self._folders.values() for path, _ in folder.samples]
+            require_decodable(paths, self.root)
+            self._files_checked = True
+
+    def setup(self, stage: str | None = None) -> None:
+        """Build the datasets; the stage does not matter, a second call changes nothing.
+
+        Raises:
+            ConfigurationError: The folders cannot be used; names what is wrong.
+        """
+        if self.datasets:
+            return
+        self._scan()
+        train, test = self._folders["train"], self._folders.get("test")
+        if "val" in self._folders:
+            val = self._folders["val"]
+            train_indices: Sequence[int] = range(len(train))
+            val_indices: Sequence[int] = range(len(val))
+        else:
+            val = train
+            train_indices, val_indices = split_by_class(train.targets, self.val_fraction, self.seed)
+
+        evaluation = self._evaluation_transform()
+        self.datasets = {
+            "train": TransformedSubset(train, train_indices, self._train_transform()),
+            "val": TransformedSubset(val, val_indices, evaluation),
+        }
+        if test is not None:
+            self.datasets["test"] = TransformedSubset(test, range(len(test)), evaluation)
+        self.datasets["predict"] = self.datasets.get("test", self.datasets["val"])
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
+        """Test batches, in a fixed order.
+
+        Raises:
+            ConfigurationError: There is no ``root/test``.
+        """
+        require_folder(self.root / "test", "the test images in one folder per class")
+        return super().test_dataloader()
+
+    def _require_train(self) -> None:
+        require_folder(self.root, _LAYOUT)
+        require_folder(self.root / "train", "the training images in one folder per class")
+
+    def _scan(self) -> None:
+        if self._folders:
+            return
+        self._require_train()
+        folders = {
+            name: PictureFolder(self.root / name)
+            for name in ("train", "val", "test")
+            if name == "train" or (self.root / name).exists()
+        }
+        train = folders["train"]
+        for name, folder in folders.items():
+            require_same_classes(self.root / name, folder.classes, self.root / "train")
+        if "val" not in folders:
+            sizes: Counter[int] = Counter(train.targets)
+            lonely = [name for index, name in enumerate(train.classes) if sizes[index] < 2]
+            if lonely:
+                raise ConfigurationError(
+                    f"{self.root / 'train'} has a single image for {shorten(lonely)}, expected at least 2 a "
+                    f"class, one to train and one to validate; or add {self.root / 'val'}."
+                )
+        self._folders = folders
+
+    def _train_transform(self) -> Callable[[Any], Tensor]:
+        flip = [v2.RandomHorizontalFlip()] if self.hflip else []
+        crop = v2.RandomResizedCrop(self.img_size, scale=self.scale, antialias=True)
+        return self._compose([crop, *flip])
+
+    def _evaluation_transform(self) -> Callable[[Any], Tensor]:
+        return self._compose([v2.Resize((self.img_size, self.img_size), antialias=True)])
+
+    def _compose(self, geometry: list[torch.nn.Module]) -> Callable[[Any], Tensor]:
+        to_float = v2.ToDtype(torch.float32, scale=True)
+        normalize = v2.Normalize(self.mean, self.std)
+        transform: Callable[[Any], Tensor] = v2.Compose(
+            [*geometry, v2.ToImage(), to_float, normalize, v2.ToPureTensor()]
+        )
+        return transform

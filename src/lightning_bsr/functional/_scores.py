@@ -1,0 +1,78 @@
+"""Scores of patch tokens, from the queries and keys of one attention layer."""
+
+import torch
+
+
+def cls_scores(q: torch.Tensor, k: torch.Tensor, scale: float, num_prefix_tokens: int) -> torch.Tensor:
+    """Score each patch token by the attention that the class token pays it, mean over heads.
+
+    The softmax runs over all tokens and the prefix tokens are cut off afterwards, as in the published code of Block
+    Selective Reprogramming (arXiv 2405.10951). Only the class token's row is computed, so the cost is O(N).
+
+    Args:
+        q: Queries ``[B, H, N, D]``; the class token is the first.
+        k: Keys ``[B, H, N, D]``.
+        scale: The factor on ``q @ k.T``.
+        num_prefix_tokens: How many tokens come before the patch tokens, at least 1.
+
+    Returns:
+        Scores ``[B, N - num_prefix_tokens]``.
+
+    Example:
+        >>> q, k = torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4)
+        >>> cls_scores(q, k, 0.5, num_prefix_tokens=1)
+        tensor([[0.2000, 0.2000, 0.2000, 0.2000]])
+    """
+    row = (q[:, :, :1] * scale) @ k.transpose(-2, -1)
+    return row.softmax(dim=-1)[:, :, 0, num_prefix_tokens:].mean(dim=1)
+
+
+def mean_scores(
+    q: torch.Tensor, k: torch.Tensor, scale: float, num_prefix_tokens: int, chunk_size: int = 64
+) -> torch.Tensor:
+    """Score each patch token by the attention that it receives, mean over heads and queries.
+
+    For models without a class token. The N x N matrix is never held: queries are taken ``chunk_size`` at a time.
+
+    Args:
+        q: Queries ``[B, H, N, D]``.
+        k: Keys ``[B, H, N, D]``.
+        scale: The factor on ``q @ k.T``.
+        num_prefix_tokens: How many tokens come before the patch tokens.
+        chunk_size: Queries handled at a time.
+
+    Returns:
+        Scores ``[B, N - num_prefix_tokens]``.
+
+    Example:
+        >>> q, k = torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4)
+        >>> mean_scores(q, k, 0.5, num_prefix_tokens=0)
+        tensor([[0.2000, 0.2000, 0.2000, 0.2000, 0.2000]])
+    """
+    keys = k.transpose(-2, -1)
+    received = sum(
+        ((part * scale) @ keys).softmax(dim=-1).sum(dim=(1, 2)) for part in q.split(chunk_size, dim=2)
+    )
+    assert isinstance(received, torch.Tensor)
+    return received[:, num_prefix_tokens:] / (q.shape[1] * q.shape[2])
+
+
+def random_scores(x: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
+    """Score patch tokens at random, as a control for the other scores.
+
+    Like a row of attention the scores are positive and, over all N tokens, sum to 1, so that a fused token has the
+    size that it has with the other scores.
+
+    Args:
+        x: Tokens ``[B, N, C]``; only the shape and the device are used.
+        num_prefix_tokens: How many tokens come before the patch tokens.
+
+    Returns:
+        Scores ``[B, N - num_prefix_tokens]``.
+
+    Example:
+        >>> random_scores(torch.zeros(1, 5, 4), num_prefix_tokens=1).shape
+        torch.Size([1, 4])
+    """
+    scores = torch.rand(x.shape[:2], device=x.device)
+    return (scores / scores.sum(dim=1, keepdim=True))[:, num_prefix_tokens:]

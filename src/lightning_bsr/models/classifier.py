@@ -1,0 +1,231 @@
+"""A plain classifier around any timm model: what the callbacks are applied to when you bring no module yourself."""
+
+import functools
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
+
+from lightning_bsr._errors import ConfigurationError
+from lightning_bsr.models._create import create_model
+from lightning_bsr.models._optimization import parameter_groups, warmup_cosine
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ViTClassifier(LightningModule):
+    """Classify images with a timm model, ``self.model``; fine-tune it or train it from scratch.
+
+    Batches are pairs of images [B, 3, H, W] and class indices [B]. The loss is cross-entropy. The learning rate
+    warms up linearly, then follows a cosine to zero at the end of the run, optimizer step by optimizer step.
+    Parameters that do not require gradients when the run starts are left out of the optimizer; biases, norms and
+    embeddings are spared the weight decay.
+
+    Logged are ``train/loss`` (per step), ``train/accuracy``, ``val/loss``, ``val/accuracy``, ``test/loss`` and
+    ``test/accuracy`` (per epoch).
+
+    Checkpoints are self-contained: ``ViTClassifier.load_from_checkpoint`` needs neither the network nor the file
+    that training started from.
+
+    Args:
+        model_name: Name of a timm model, with or without the tag of its weights.
+        num_classes: Number of classes. Weights for another number keep all but their head, which starts anew.
+        pretrained: Start from the published weights, downloaded once by timm. Those of the default model are part
+            of this package. Ignored with ``checkpoint_path``.
+        checkpoint_path: Start from the weights of a local file instead: ``.safetensors``, a torch file with a state
+            dict (also under ``state_dict`` or ``model``), or a Lightning checkpoint of this class. Nothing is
+            downloaded then.
+        model_kwargs: More arguments of the timm model: ``img_size``, ``drop_path_rate``, ``patch_drop_rate``, ...
+        optimizer: ``adamw``, or ``sgd`` with momentum.
+        lr: Learning rate after the warm-up.
+        weight_decay: Weight decay of the matrices.
+        momentum: Momentum of ``sgd``.
+        betas: Decay rates of the two moments of ``adamw``.
+        layer_decay: Factor between the learning rates of a block and of the block after it, such as 0.75; the head
+            has ``lr`` itself. None gives all of them ``lr``.
+        warmup_steps: Warm-up in optimizer steps.
+        warmup_epochs: Warm-up in epochs; give this or ``warmup_steps``.
+        label_smoothing: Share of the training target spread over all classes; the validation loss has none.
+
+    Raises:
+        ConfigurationError: An argument is out of range, the model or its weights cannot be had; or, when a run starts, no
+            parameter requires gradients or the length of the schedule is unknown.
+
+    Example:
+        >>> import torch
+        >>> model = ViTClassifier("vit_micro_patch4_32.cifar100", num_classes=10, lr=5e-4, layer_decay=0.75)
+        >>> model(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        model_name: str = "vit_micro_patch4_32.cifar100",
+        num_classes: int = 10,
+        pretrained: bool = True,
+        checkpoint_path: str | Path | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        optimizer: Literal["adamw", "sgd"] = "adamw",
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        momentum: float = 0.9,
+        betas: tuple[float, float] = (0.9, 0.999),
+        layer_decay: float | None = None,
+        warmup_steps: int = 0,
+        warmup_epochs: float = 0.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        # A Path among the hyperparameters would not load with weights_only.
+        checkpoint_path = None if checkpoint_path is None else str(checkpoint_path)
+        self.save_hyperparameters()
+        _check("num_classes", num_classes, num_classes >= 2, "2 or more")
+        _check("optimizer", optimizer, optimizer in ("adamw", "sgd"), "'adamw' or 'sgd'")
+        _check("lr", lr, lr > 0, "a number above 0")
+        _check("weight_decay", weight_decay, weight_decay >= 0, "0 or more")
+        _check("momentum", momentum, 0 <= momentum < 1, "at least 0 and below 1")
+        _check(
+            "betas",
+            betas,
+            len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+            "two numbers, each at least 0 and below 1",
+        )
+        _check(
+            "layer_decay",
+            layer_decay,
+            layer_decay is None or 0 < layer_decay <= 1,
+            "a number above 0 and at most 1, or None",
+        )
+        _check("warmup_steps", warmup_steps, warmup_steps >= 0, "0 or more")
+        _check("warmup_epochs", warmup_epochs, warmup_epochs >= 0, "0 or more")
+        _check("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "at least 0 and below 1")
+        if warmup_steps and warmup_epochs:
+            raise ConfigurationError(
+                f"warmup_steps is {warmup_steps} and warmup_epochs is {warmup_epochs}, expected only one of them."
+            )
+
+        self.optimizer_name = optimizer
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.momentum = momentum
+        self.betas = betas
+        self.layer_decay = layer_decay
+        self.warmup_steps = warmup_steps
+        self.warmup_epochs = warmup_epochs
+        self.label_smoothing = label_smoothing
+        self.model = create_model(
+            model_name,
+            num_classes,
+            pretrained=pretrained,
+            checkpoint_path=None if checkpoint_path is None else Path(checkpoint_path),
+            model_kwargs=dict(model_kwargs or {}),
+        )
+        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits [B, num_classes] of images [B, 3, H, W]."""
+        logits: Tensor = self.model(images)
+        return logits
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss, a scalar, of a batch of images [B, 3, H, W] and class indices [B]."""
+        images, targets = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        self.train_accuracy(logits, targets)
+        self.log("train/loss", loss, batch_size=len(images))
+        self.log(
+            "train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=len(images)
+        )
+        return loss
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log loss and accuracy of a batch of images [B, 3, H, W] and class indices [B]."""
+        self._evaluate("val", self.val_accuracy, batch)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log loss and accuracy of a batch of images [B, 3, H, W] and class indices [B]."""
+        self._evaluate("test", self.test_accuracy, batch)
+
+    @override
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
+        """Return the class probabilities [B, num_classes] of images [B, 3, H, W], given alone or with targets."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        logits: Tensor = self(images)
+        return logits.float().softmax(dim=-1)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the optimizer over what trains now, and its schedule over the whole run."""
+        groups = parameter_groups(self.model, self.lr, self.weight_decay, self.layer_decay)
+        if not groups:
+            raise ConfigurationError(
+                "No parameter of the model requires gradients, expected at least one to train; unfreeze a part of it."
+            )
+        optimizer: torch.optim.Optimizer
+        if self.optimizer_name == "adamw":
+            optimizer = torch.optim.AdamW(groups, betas=self.betas)
+        else:
+            optimizer = torch.optim.SGD(groups, momentum=self.momentum)
+        total_steps = self.trainer.estimated_stepping_batches
+        if math.isinf(total_steps):
+            raise ConfigurationError(
+                "The Trainer has no last step, expected one for the cosine schedule to end at; give it max_epochs or "
+                "max_steps."
+            )
+        factor = functools.partial(
+            warmup_cosine, warmup_steps=self._count_warmup_steps(), total_steps=int(total_steps)
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in the checkpoint that its own weights are all that loading it takes."""
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].update(pretrained=False, checkpoint_path=None)
+
+    def _count_warmup_steps(self) -> int:
+        if not self.warmup_epochs:
+            return self.warmup_steps
+        batches = self.trainer.num_training_batches
+        if math.isinf(batches):
+            raise ConfigurationError(
+                f"warmup_epochs is {self.warmup_epochs}, but the training data have no length to count epochs by; "
+                "give warmup_steps instead."
+            )
+        return round(self.warmup_epochs * math.ceil(batches / self.trainer.accumulate_grad_batches))
+
+    def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: Batch) -> None:
+        images, targets = batch
+        logits = self(images)
+        accuracy(logits, targets)
+        # sync_dist: the mean over all processes, as the accuracy is.
+        self.log(
+            f"{stage}/loss", F.cross_entropy(logits, targets), batch_size=len(images), sync_dist=True
+        )
+        self.log(
+            f"{stage}/accuracy",
+            accuracy,
+            on_step=False,
+            on_epoch=True,
+            prog_bar=stage == "val",
+            batch_size=len(images),
+        )
+
+
+def _check(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ConfigurationError(f"{name} is {value!r}, expected {expected}.")

@@ -1,0 +1,7 @@
+"""Finding a Vision Transformer inside any module, and what is known of its blocks."""
+
+from lightning_bsr.vit._blocks import BlockSpec, register_block, registered_blocks
+from lightning_bsr.vit._find import find_vit
+from lightning_bsr.vit._view import ViTView
+
+__all__ = ["BlockSpec", "ViTView", "find_vit", "register_block", "registered_blocks"]

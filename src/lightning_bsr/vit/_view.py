@@ -1,0 +1,77 @@
+"""A ViT as the rest of the package sees it: its blocks, its prefix tokens, what comes after the blocks."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_bsr._errors import ConfigurationError
+from lightning_bsr.vit._blocks import BlockSpec
+
+
+@dataclass(frozen=True, eq=False)
+class ViTView:
+    """One Vision Transformer inside a module.
+
+    Attributes:
+        model: The module that owns the list of blocks.
+        path: Its dotted path inside the module that was searched; empty for that module itself.
+        blocks: The transformer blocks, in order.
+        specs: What each block is made of.
+        num_prefix_tokens: How many tokens come before the patch tokens (class, distillation, registers).
+        has_class_token: Whether the first prefix token is a class token.
+        norms: Normalisation layers after the blocks.
+        heads: Everything else with parameters after the blocks: classifiers and attention pooling.
+
+    Example:
+        >>> import timm
+        >>> from lightning_bsr.vit import find_vit
+        >>> view = find_vit(timm.create_model("test_vit", num_classes=10))
+        >>> len(view.blocks), view.num_prefix_tokens, view.has_class_token
+        (6, 1, True)
+    """
+
+    model: nn.Module
+    path: str
+    blocks: tuple[nn.Module, ...]
+    specs: tuple[BlockSpec, ...]
+    num_prefix_tokens: int
+    has_class_token: bool
+    norms: tuple[nn.Module, ...]
+    heads: tuple[nn.Module, ...]
+
+    @property
+    def name(self) -> str:
+        """The ViT as messages call it, such as ``ViT 'model' (VisionTransformer)``."""
+        where = f"ViT {self.path!r}" if self.path else "ViT"
+        return f"{where} ({type(self.model).__name__})"
+
+    @property
+    def num_patch_tokens(self) -> int | None:
+        """The number of patch tokens at the model's own image size, or ``None`` where the model does not say."""
+        count = getattr(getattr(self.model, "patch_embed", None), "num_patches", None)
+        return count if isinstance(count, int) else None
+
+    def block_indices(self, blocks: Iterable[int], argument: str = "blocks") -> list[int]:
+        """Turn block numbers, which may be negative, into sorted positions.
+
+        Args:
+            blocks: Zero-based positions; negative ones count from the last block.
+            argument: The name of the user's argument, for messages.
+
+        Raises:
+            ConfigurationError: If a number is not an integer, is out of range, or names a block twice.
+        """
+        depth = len(self.blocks)
+        valid = f"the {self.name} has {depth} blocks, numbered 0 to {depth - 1} or -{depth} to -1"
+        indices = []
+        for index in blocks:
+            if isinstance(index, bool) or not isinstance(index, int):
+                raise ConfigurationError(f"{argument} has {index!r}, expected whole numbers: {valid}.")
+            if not -depth <= index < depth:
+                raise ConfigurationError(f"{argument} has {index}, but {valid}.")
+            indices.append(index % depth)
+        repeated = sorted({index for index in indices if indices.count(index) > 1})
+        if repeated:
+            raise ConfigurationError(f"{argument} names block {repeated[0]} more than once: {list(blocks)}.")
+        return sorted(indices)

@@ -1,0 +1,45 @@
+"""Fixtures for all tests."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from plain_modules import RandomImages
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fixtures() -> Path:
+    return FIXTURES
+
+
+@pytest.fixture
+def images() -> RandomImages:
+    return RandomImages()
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """Make a quiet CPU Trainer that writes below the test's own folder."""
+
+    def make(*callbacks, **kwargs) -> Trainer:
+        defaults = {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": tmp_path,
+        }
+        return Trainer(callbacks=list(callbacks), **{**defaults, **kwargs})
+
+    return make

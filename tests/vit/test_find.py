@@ -1,0 +1,149 @@
+import re
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from lightning_bsr import ConfigurationError
+from lightning_bsr.vit import find_vit, registered_blocks
+from plain_modules import PlainModule, tiny_vit
+
+SUPPORTED = (
+    f"Supported block classes: {', '.join(registered_blocks())}; lightning_bsr.register_block adds another."
+)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "path"),
+    [
+        (lambda vit: vit, ""),
+        (lambda vit: nn.Sequential(nn.Identity(), vit), "1"),
+        (lambda vit: nn.ModuleDict({"deep": nn.ModuleDict({"er": vit})}), "deep.er"),
+        (lambda vit: nn.ModuleDict({"a": vit, "same": vit}), "a"),
+        (torch.compile, "_orig_mod"),
+    ],
+    ids=["itself", "sequential", "nested", "twice", "compiled"],
+)
+def test_find_vit__wherever_it_is(wrap, path):
+    vit = tiny_vit()
+    view = find_vit(wrap(vit))
+    assert view.model is vit
+    assert view.path == path
+    assert view.blocks == tuple(vit.blocks)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "prefix", "class_token", "norms", "heads"),
+    [
+        ({}, 1, True, ["norm"], ["head"]),
+        ({"init_values": 1e-5}, 1, True, ["norm"], ["head"]),
+        ({"reg_tokens": 4}, 5, True, ["norm"], ["head"]),
+        ({"reg_tokens": 4, "no_embed_class": True}, 5, True, ["norm"], ["head"]),
+        ({"qk_norm": True}, 1, True, ["norm"], ["head"]),
+        ({"class_token": False, "global_pool": "avg"}, 0, False, ["fc_norm"], ["head"]),
+        ({"global_pool": "avg"}, 1, True, ["fc_norm"], ["head"]),
+        ({"class_token": False, "global_pool": "map"}, 0, False, ["norm"], ["attn_pool", "head"]),
+        ({"num_classes": 0}, 1, True, ["norm"], []),
+    ],
+    ids=[
+        "plain",
+        "layer_scale",
+        "registers",
+        "no_embed_class",
+        "qk_norm",
+        "avg",
+        "avg_cls",
+        "map",
+        "no_head",
+    ],
+)
+def test_find_vit__variants(kwargs, prefix, class_token, norms, heads):
+    vit = tiny_vit(**kwargs)
+    view = find_vit(vit)
+    assert (view.num_prefix_tokens, view.has_class_token) == (prefix, class_token)
+    assert view.norms == tuple(getattr(vit, name) for name in norms)
+    assert set(view.heads) == {getattr(vit, name) for name in heads}
+    assert view.num_patch_tokens == 64
+
+
+def test_find_vit__distilled():
+    view = find_vit(timm.create_model("deit_tiny_distilled_patch16_224"))
+    assert view.num_prefix_tokens == 2
+    assert view.heads == (view.model.head, view.model.head_dist)
+
+
+def test_find_vit__several_need_a_path():
+    module = nn.ModuleDict({"student": tiny_vit(), "teacher": nn.Sequential(tiny_vit(depth=2))})
+    with pytest.raises(ConfigurationError) as error:
+        find_vit(module)
+    assert str(error.value) == (
+        "ModuleDict holds 2 Vision Transformers: 'student' (VisionTransformer, 6 blocks), 'teacher.0' "
+        "(VisionTransformer, 2 blocks); name one of them with vit=, such as vit='student'."
+    )
+    assert find_vit(module, "teacher.0").model is module["teacher"][0]
+    assert find_vit(module, "teacher").path == "teacher.0"
+
+
+def test_find_vit__path_that_names_nothing():
+    with pytest.raises(ConfigurationError) as error:
+        find_vit(PlainModule(), "backbone")
+    assert str(error.value) == (
+        "vit='backbone' names no module of PlainModule; Vision Transformers found: 'model' (VisionTransformer, 6 blocks)."
+    )
+
+
+def test_find_vit__path_to_no_vit():
+    with pytest.raises(ConfigurationError, match=re.escape("was found in 'model.head' in PlainModule. ")):
+        find_vit(PlainModule(), "model.head")
+
+
+def test_find_vit__unsupported_blocks_are_named():
+    model = nn.ModuleDict({"backbone": timm.create_model("eva02_tiny_patch14_224")})
+    with pytest.raises(ConfigurationError) as error:
+        find_vit(model)
+    assert str(error.value) == (
+        "No supported Vision Transformer was found in ModuleDict. Found blocks that are not registered: "
+        f"'backbone.blocks' (12 x timm.models.eva.EvaBlock). {SUPPORTED}"
+    )
+
+
+def test_find_vit__blocks_without_prefix_tokens():
+    with pytest.raises(ConfigurationError) as error:
+        find_vit(nn.ModuleDict({"blocks": tiny_vit().blocks}))
+    assert str(error.value) == (
+        "No supported Vision Transformer was found in ModuleDict. Found blocks whose owner has no integer "
+        f"num_prefix_tokens: 'blocks' of ModuleDict. {SUPPORTED}"
+    )
+
+
+def test_find_vit__no_blocks_at_all():
+    with pytest.raises(ConfigurationError) as error:
+        find_vit(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    assert str(error.value) == (
+        "No supported Vision Transformer was found in Sequential. Its children are: '0' (Linear), '1' (ReLU). "
+        f"{SUPPORTED}"
+    )
+
+
+def test_block_indices__sorted_positions():
+    assert find_vit(tiny_vit()).block_indices([-1, 0, 3]) == [0, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ([6], "blocks has 6, but the ViT (VisionTransformer) has 6 blocks, numbered 0 to 5 or -6 to -1."),
+        ([-7], "blocks has -7, but the ViT (VisionTransformer) has 6 blocks, numbered 0 to 5 or -6 to -1."),
+        ([5, -1], "blocks names block 5 more than once: [5, -1]."),
+        (
+            [1.0],
+            "blocks has 1.0, expected whole numbers: the ViT (VisionTransformer) has 6 blocks, numbered 0 to 5 or "
+            "-6 to -1.",
+        ),
+    ],
+)
+def test_block_indices__errors(blocks, message):
+    with pytest.raises(ConfigurationError) as error:
+        find_vit(tiny_vit()).block_indices(blocks)
+    assert str(error.value) == message
