@@ -21,9 +21,7 @@ class PlainBSR(nn.Module):
         keep_rate: The share of patch tokens that is kept.
     """
 
-    def __init__(
-        self, model: nn.Module, train_blocks: list[int], drop_blocks: list[int], keep_rate: float
-    ) -> None:
+    def __init__(self, model: nn.Module, train_blocks: list[int], drop_blocks: list[int], keep_rate: float) -> None:
         super().__init__()
         self.vit = model
         self.drop_blocks = drop_blocks
@@ -40,9 +38,7 @@ class PlainBSR(nn.Module):
         for index, block in enumerate(vit.blocks):
             attn = block.attn
             batch, tokens, width = x.shape
-            qkv = (
-                attn.qkv(block.norm1(x)).reshape(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-            )
+            qkv = attn.qkv(block.norm1(x)).reshape(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
             q, k, v = qkv.unbind(0)
             out = F.scaled_dot_product_attention(q, k, v)
             x = x + attn.proj(out.transpose(1, 2).reshape(batch, tokens, width))
@@ -59,8 +55,6 @@ class PlainBSR(nn.Module):
         return vit.head(vit.norm(x)[:, 0])
 
 
-def plain_bsr(
-    model_name: str, num_classes: int, train: list[int], drop: list[int], keep_rate: float
-) -> PlainBSR:
+def plain_bsr(model_name: str, num_classes: int, train: list[int], drop: list[int], keep_rate: float) -> PlainBSR:
     """Build a :class:`PlainBSR` around a timm model."""
     return PlainBSR(timm.create_model(model_name, num_classes=num_classes), train, drop, keep_rate)

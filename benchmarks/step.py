@@ -47,9 +47,7 @@ METHODS: dict[str, Callable[[str], nn.Module]] = {
 }
 
 
-def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor
-) -> float:
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> float:
     started = time.perf_counter()
     loss = F.cross_entropy(model(images), labels)
     loss.backward()
@@ -62,12 +60,8 @@ def _step(
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", default="vit_base_patch16_224", help="a timm ViT of depth 12 with a class token"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_base_patch16_224", help="a timm ViT of depth 12 with a class token")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7, help="timed turns, after one that is not timed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -104,16 +98,12 @@ def main() -> None:
             mine / plain for mine, plain in zip(seconds[method], seconds[YARDSTICK], strict=True)
         )
 
-    device_name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
-    )
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     print(
         f"{args.model}, batch {args.batch_size}, fp32, torch {torch.__version__}, {device_name}, "
         f"{torch.get_num_threads()} threads\n"
     )
-    print(
-        "| method | activations, MiB / image | GFLOP / image | ms / image | time, ratio to the plain module |"
-    )
+    print("| method | activations, MiB / image | GFLOP / image | ms / image | time, ratio to the plain module |")
     print("|---|---|---|---|---|")
     for method, row in rows.items():
         print(
@@ -121,9 +111,7 @@ def main() -> None:
             f"{row['seconds_per_image'] * 1e3:.0f} | {row['ratio_to_plain']:.2f} |"
         )
     if args.output:
-        args.output.write_text(
-            json.dumps({"arguments": {**vars(args), "output": None}, "methods": rows}, indent=2)
-        )
+        args.output.write_text(json.dumps({"arguments": {**vars(args), "output": None}, "methods": rows}, indent=2))
 
 
 if __name__ == "__main__":

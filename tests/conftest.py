@@ -8,6 +8,9 @@ from lightning.pytorch import Trainer
 
 from plain_modules import RandomImages
 
+# Tiny models gain nothing from a second thread, and lose much when something else wants the core.
+torch.set_num_threads(1)
+
 FIXTURES = Path(__file__).parent / "fixtures"
 
 

@@ -9,6 +9,8 @@ from lightning_bsr.callbacks import (
     TokenDrop,
     TokenDropCallback,
 )
+from lightning_bsr.data import DigitsDataModule, ImageFolderDataModule
+from lightning_bsr.models import ViTClassifier
 from lightning_bsr.vit import register_block
 
 __all__ = [
@@ -16,8 +18,11 @@ __all__ = [
     "BlockSelect",
     "BlockSelectCallback",
     "ConfigurationError",
+    "DigitsDataModule",
+    "ImageFolderDataModule",
     "TokenDrop",
     "TokenDropCallback",
+    "ViTClassifier",
     "__version__",
     "register_block",
 ]

@@ -14,8 +14,8 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_bsr import ConfigurationError
 from lightning_bsr.data import DigitsDataModule, EpochSampler
 
-# Whether Lightning warns depends on how many CPUs the machine has.
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+# The tests pin the accelerator to the CPU also where there is a GPU.
+pytestmark = pytest.mark.filterwarnings("ignore:GPU available but not used")
 
 
 def order(seed, epoch, length=50):
@@ -86,42 +86,35 @@ class Recorder(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(folder, *, epochs, resume_from=None, num_workers=0, at_epoch_end=True, **trainer_options):
-    module = Recorder()
-    checkpoints = ModelCheckpoint(
-        folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=at_epoch_end
-    )
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        callbacks=[checkpoints],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **trainer_options,
-    )
-    data = DigitsDataModule(batch_size=300, img_size=8, num_workers=num_workers, augment=False)
-    trainer.fit(module, data, ckpt_path=resume_from)
-    return module
+@pytest.fixture
+def fit(make_trainer):
+    def run(folder, *, epochs, resume_from=None, num_workers=0, at_epoch_end=True, **trainer_options):
+        module = Recorder()
+        checkpoints = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=at_epoch_end)
+        trainer = make_trainer(checkpoints, enable_checkpointing=True, max_epochs=epochs, **trainer_options)
+        data = DigitsDataModule(batch_size=300, img_size=8, num_workers=num_workers, augment=False)
+        trainer.fit(module, data, ckpt_path=resume_from)
+        return module
+
+    return run
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")  # Python 3.12 and on
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the two runs keep their checkpoints apart
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("at_epoch_end", [True, False])
-def test_resumed_run__sees_the_order_of_an_uninterrupted_one(tmp_path, num_workers, at_epoch_end):
+def test_resumed_run__sees_the_order_of_an_uninterrupted_one(fit, tmp_path, num_workers, at_epoch_end):
     torch.manual_seed(0)
     options = {"epochs": 3, "num_workers": num_workers, "at_epoch_end": at_epoch_end}
     whole = fit(tmp_path / "whole", **options).seen
     torch.manual_seed(1)
-    resumed = fit(
-        tmp_path / "resumed", resume_from=str(tmp_path / "whole" / "epoch=0.ckpt"), **options
-    ).seen
+    resumed = fit(tmp_path / "resumed", resume_from=str(tmp_path / "whole" / "epoch=0.ckpt"), **options).seen
     assert resumed == {1: whole[1], 2: whole[2]}
     assert whole[0] != whole[1] != whole[2]
 
 
 # One process suffices: Lightning replaces the sampler whenever the strategy is a distributed one.
-def test_distributed_run__has_the_sampler_replaced_and_still_reshuffles(tmp_path):
+def test_distributed_run__has_the_sampler_replaced_and_still_reshuffles(fit, tmp_path):
     before = dict(os.environ)
     try:
         module = fit(tmp_path, epochs=2, strategy="ddp", devices=1)

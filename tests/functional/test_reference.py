@@ -20,9 +20,7 @@ def test_published_semantics__logits_loss_gradients_and_tokens(fixtures, name):
     tensors = load_file(path)
     geometry = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
     model = tiny_vit(**{key: config[key] for key in geometry})
-    model.load_state_dict(
-        {key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")}
-    )
+    model.load_state_dict({key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")})
     select_blocks_(model, config["train_blocks"])
     handle = install_token_drop(model, config["drop_blocks"], config["keep_rate"], fuse=config["fuse"])
 

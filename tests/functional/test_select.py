@@ -49,9 +49,7 @@ def test_select_blocks__evenly_spaced_as_published_at_depth_12():
 
 
 def test_select_blocks__leaves_the_rest_of_the_module_alone():
-    module = nn.ModuleDict(
-        {"vit": tiny_vit(num_classes=0), "own_head": nn.Linear(32, 4), "frozen": nn.Linear(2, 2)}
-    )
+    module = nn.ModuleDict({"vit": tiny_vit(num_classes=0), "own_head": nn.Linear(32, 4), "frozen": nn.Linear(2, 2)})
     module["frozen"].requires_grad_(False)
     select_blocks_(module, [])
     assert trained(module) == {"vit.norm.weight", "vit.norm.bias", "own_head.weight", "own_head.bias"}
@@ -100,8 +98,7 @@ def test_eval_frozen__rests_frozen_parts_only():
 def test_str__counts_parameters():
     selection = select_blocks_(PlainModule(), {1: "all", 3: "mlp"})
     assert str(selection) == (
-        "blocks 1, 3 (mlp only) of 6 train in the ViT 'model' (VisionTransformer): "
-        "21,316 of 80,100 parameters (26.6 %)"
+        "blocks 1, 3 (mlp only) of 6 train in the ViT 'model' (VisionTransformer): 21,316 of 80,100 parameters (26.6 %)"
     )
 
 

@@ -50,9 +50,7 @@ def test_drop_tokens__keeps_no_whole_input_for_backward():
 def test_fuse_tokens__keeps_float32_under_autocast():
     tokens, weights = torch.randn(2, 3, 4), torch.rand(2, 3)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(
-            fuse_tokens(tokens, weights), (weights.unsqueeze(1) * tokens.mT).sum(-1).unsqueeze(1)
-        )
+        assert torch.equal(fuse_tokens(tokens, weights), (weights.unsqueeze(1) * tokens.mT).sum(-1).unsqueeze(1))
 
 
 @pytest.mark.parametrize(

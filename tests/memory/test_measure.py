@@ -1,11 +1,11 @@
 import pytest
 import torch
-from plain_modules import tiny_vit
 from torch import nn
 
 from lightning_bsr import ConfigurationError
 from lightning_bsr.functional import select_blocks_
 from lightning_bsr.memory import measure
+from plain_modules import tiny_vit
 
 
 def test_measure__leaves_gradients_and_generators_alone():

@@ -1,12 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_modules import tiny_vit
 from torch import nn
 
 from lightning_bsr.functional import install_token_drop, select_blocks_
 from lightning_bsr.memory import MIB, ActivationRecorder, measure
 from lightning_bsr.vit import find_vit
+from plain_modules import tiny_vit
 
 
 def record(model, images, **autocast):
@@ -55,12 +55,12 @@ def test_recorder__blocks_add_up_and_nothing_before_the_first_trained_block():
 
 
 def test_recorder__one_block_by_hand():
-    """17 C numbers a token in a trained block, 10 in a frozen one above it; small vectors beside them."""
+    """16 C numbers a token in a trained block, 10 in a frozen one above it; small vectors beside them."""
     model = tiny_vit(depth=2)
     select_blocks_(model, [0], head=False, norm=False)
     report = record(model, torch.randn(4, 3, 32, 32), enabled=False)
     unit = 4 * 65 * 32 * 4
-    for line, expected in zip(report.by_block[1:3], (17, 10), strict=True):
+    for line, expected in zip(report.by_block[1:3], (16, 10), strict=True):
         assert expected <= line.activations / unit < expected + 0.5
 
 
@@ -92,10 +92,14 @@ def test_recorder__no_activation_is_taken_for_a_weight():
 def test_recorder__gradient_checkpointing_keeps_the_blocks_inputs(reentrant, monkeypatch):
     monkeypatch.setattr("timm.layers.config._USE_REENTRANT_CKPT", reentrant)
     model = tiny_vit()
+    images = torch.randn(2, 3, 32, 32)
+    plain = record(model, images, enabled=False)
     model.set_grad_checkpointing()
-    report = record(model, torch.randn(2, 3, 32, 32), enabled=False)
+    report = record(model, images, enabled=False)
     unit = 2 * 65 * 32 * 4
-    assert [line.activations // unit for line in report.by_block[1:-1]] == [1] * 6
+    # Six blocks' inputs, the last norm's input and output.
+    assert 8 <= (report.activations - images.nbytes) / unit < 8.5
+    assert plain.activations > 10 * report.activations
 
 
 @pytest.mark.slow

@@ -118,9 +118,9 @@ def nearest_class_mean_accuracy(model):
         embedded = [model.forward_head(model.forward_features(x), pre_logits=True) for x in images.split(250)]
         return torch.nn.functional.normalize(torch.cat(embedded), dim=-1), targets[chosen]
 
-    train, train_targets = features("train", per_class=100)
+    train, train_targets = features("train", per_class=50)
     means = torch.stack([train[train_targets == c].mean(dim=0) for c in range(10)])
-    test, test_targets = features("test", per_class=50)
+    test, test_targets = features("test", per_class=30)
     return ((test @ means.T).argmax(dim=-1) == test_targets).float().mean().item()
 
 

@@ -9,9 +9,7 @@ from lightning_bsr import ConfigurationError
 from lightning_bsr.vit import find_vit, registered_blocks
 from plain_modules import PlainModule, tiny_vit
 
-SUPPORTED = (
-    f"Supported block classes: {', '.join(registered_blocks())}; lightning_bsr.register_block adds another."
-)
+SUPPORTED = f"Supported block classes: {', '.join(registered_blocks())}; lightning_bsr.register_block adds another."
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,7 @@ class ActivationMemoryMonitor(Callback):
             device_module.reset_peak_memory_stats(pl_module.device)
 
     @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._batches % self.every_n_steps == 0:
             self._recorder = ActivationRecorder(pl_module, self._view)
             self._recorder.__enter__()

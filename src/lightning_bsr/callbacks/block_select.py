@@ -69,8 +69,14 @@ class BlockSelect(AttachingCallback):
         return selection
 
     @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not when attaching: Lightning warns of modules in eval mode when training starts.
+        assert isinstance(self._handle, BlockSelection)
+        self._handle.eval_frozen()
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Again, for modules that call train() themselves at the end of an evaluation.
         assert isinstance(self._handle, BlockSelection)
         self._handle.eval_frozen()
 

@@ -1,6 +1,7 @@
 """The callback that drops tokens inside a ViT."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
@@ -80,7 +81,10 @@ class TokenDrop(AttachingCallback):
         return handle
 
     @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Not once an epoch: Lightning calls no epoch hook for the epoch that training resumes in.
+        if not self.warmup_epochs:
+            return
         assert isinstance(self._handle, TokenDropHandle)
         self._handle.set_keep_rates(
             {

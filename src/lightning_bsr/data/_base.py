@@ -21,9 +21,7 @@ _MAX_DEFAULT_WORKERS = 8
 class TransformedSubset(Dataset[tuple[Tensor, int]]):
     """Some samples of a dataset, each image passed through ``transform`` and paired with its class index."""
 
-    def __init__(
-        self, dataset: Dataset[Any], indices: Sequence[int], transform: Callable[[Any], Tensor]
-    ) -> None:
+    def __init__(self, dataset: Dataset[Any], indices: Sequence[int], transform: Callable[[Any], Tensor]) -> None:
         self.dataset = dataset
         self.indices = list(indices)
         self.transform = transform
@@ -72,15 +70,11 @@ class ClassificationData(LightningDataModule, ABC):
         if num_workers is not None:
             require_whole("num_workers", num_workers, least=0)
         if not is_number(val_fraction) or not 0 < val_fraction < 1:
-            raise ConfigurationError(
-                f"val_fraction is {val_fraction!r}, expected a number above 0 and below 1."
-            )
+            raise ConfigurationError(f"val_fraction is {val_fraction!r}, expected a number above 0 and below 1.")
         if not are_numbers(mean, 3):
             raise ConfigurationError(f"mean is {mean!r}, expected three numbers, one per colour channel.")
         if not are_numbers(std, 3) or min(std) <= 0:
-            raise ConfigurationError(
-                f"std is {std!r}, expected three numbers above 0, one per colour channel."
-            )
+            raise ConfigurationError(f"std is {std!r}, expected three numbers above 0, one per colour channel.")
         self.batch_size = batch_size
         self.img_size = img_size
         self.val_fraction = val_fraction

@@ -56,8 +56,7 @@ def list_classes(folder: Path) -> list[str]:
     classes = sorted(entry.name for entry in _list_folder(folder) if entry.is_dir() and entry.name[0] != ".")
     if not classes:
         raise ConfigurationError(
-            f"{folder} holds no class folders, expected one folder of images per class, "
-            f"such as {folder / 'cat'}."
+            f"{folder} holds no class folders, expected one folder of images per class, such as {folder / 'cat'}."
         )
     return classes
 

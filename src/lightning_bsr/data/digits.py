@@ -89,9 +89,7 @@ class DigitsDataModule(ClassificationData):
         images = torch.from_numpy(digits.images).float().div(_DARKEST)
         samples = TensorDataset(images[:, None].expand(-1, 3, -1, -1), torch.tensor(labels))
 
-        rest, test = train_test_split(
-            range(len(labels)), test_size=_TEST_IMAGES, stratify=labels, random_state=0
-        )
+        rest, test = train_test_split(range(len(labels)), test_size=_TEST_IMAGES, stratify=labels, random_state=0)
         train, val = split_by_class([labels[index] for index in rest], self.val_fraction, self.seed)
         evaluation = self._transform()
         self.datasets = {
@@ -107,8 +105,6 @@ class DigitsDataModule(ClassificationData):
         bilinear = v2.InterpolationMode.BILINEAR
         steps: list[torch.nn.Module] = [v2.Resize((self.img_size, self.img_size), antialias=True)]
         if augment:
-            steps.append(
-                v2.RandomAffine(10, translate=(0.08, 0.08), scale=(0.9, 1.1), interpolation=bilinear)
-            )
+            steps.append(v2.RandomAffine(10, translate=(0.08, 0.08), scale=(0.9, 1.1), interpolation=bilinear))
         compose: Callable[[Tensor], Tensor] = v2.Compose([*steps, v2.Normalize(self.mean, self.std)])
         return compose

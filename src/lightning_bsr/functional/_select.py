@@ -116,11 +116,7 @@ def select_blocks_(
 
 
 def _resolve(view: ViTView, blocks: Blocks) -> dict[int, tuple[Part, ...]]:
-    if (
-        isinstance(blocks, bool)
-        or not isinstance(blocks, (int, Sequence, Mapping))
-        or isinstance(blocks, str)
-    ):
+    if isinstance(blocks, bool) or not isinstance(blocks, (int, Sequence, Mapping)) or isinstance(blocks, str):
         raise ConfigurationError(
             f"blocks is {blocks!r}, expected a list of block indices, a number of blocks, or a mapping from block "
             "index to the parts that train."
@@ -130,10 +126,7 @@ def _resolve(view: ViTView, blocks: Blocks) -> dict[int, tuple[Part, ...]]:
     if isinstance(blocks, Mapping):
         indices = {index: view.block_indices([index])[0] for index in blocks}
         view.block_indices(blocks)
-        return {
-            i: parts
-            for i, parts in sorted((indices[index], _parts(index, blocks[index])) for index in blocks)
-        }
+        return {i: parts for i, parts in sorted((indices[index], _parts(index, blocks[index])) for index in blocks)}
     return dict.fromkeys(view.block_indices(blocks), get_args(Part))
 
 

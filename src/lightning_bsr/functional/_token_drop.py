@@ -242,9 +242,7 @@ def _rates(view: ViTView, blocks: Sequence[int], keep_rate: float | Sequence[flo
 
 def _check_score(view: ViTView, score: str) -> None:
     if score not in get_args(Score):
-        raise ConfigurationError(
-            f"score is {score!r}, expected one of {', '.join(map(repr, get_args(Score)))}."
-        )
+        raise ConfigurationError(f"score is {score!r}, expected one of {', '.join(map(repr, get_args(Score)))}.")
     if score == "cls" and not view.has_class_token:
         raise ConfigurationError(
             f"score is 'cls', but the {view.name} has no class token; use score='mean' or score='random'."

@@ -29,8 +29,8 @@ class ActivationRecorder:
     """A context in which every tensor that autograd saves for backward is counted.
 
     Each storage counts once, to the block that saved it first, and only while it is alive. Tensors inside a region
-    with saved-tensor hooks of its own are not seen; of blocks under the ViT's own gradient checkpointing, which is
-    such a region, the inputs are counted, for these are what it keeps.
+    with saved-tensor hooks of its own, such as ``save_on_cpu``, are not seen; of checkpointed blocks the inputs are,
+    which is what they keep.
 
     Args:
         module: The module that trains; its parameters and buffers are not counted.
@@ -59,9 +59,12 @@ class ActivationRecorder:
             self._weights[parameter.shape].append(parameter.detach())
             if parameter.ndim == 2:
                 self._weights[parameter.mT.shape].append(parameter.detach().mT)
-        for index, block in enumerate(self._view.blocks if self._view else ()):
+        blocks = self._view.blocks if self._view else ()
+        for index, block in enumerate(blocks):
+            # What is saved between two blocks, such as the input of a checkpointed one, belongs to the second.
+            following = str(index + 1) if index + 1 < len(blocks) else _HEAD
             self._handles.append(block.register_forward_pre_hook(_Enter(self, str(index))))
-            self._handles.append(block.register_forward_hook(_Leave(self, str(index))))
+            self._handles.append(block.register_forward_hook(_Leave(self, str(index), following)))
         self._hooks = saved_tensors_hooks(self._pack, _unpack)
         self._hooks.__enter__()
         return self
@@ -105,7 +108,8 @@ class ActivationRecorder:
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         self.count(tensor)
-        return tensor
+        # The tensor itself may be the result of the operation that saves it: a cycle that would outlive its graph.
+        return tensor.detach()
 
     def _is_weight_copy(self, tensor: torch.Tensor) -> bool:
         same_shape = self._weights.get(tensor.shape, ())
@@ -121,11 +125,7 @@ class ActivationRecorder:
     def _lines(self, activations: dict[str, int]) -> Iterator[BlockReport]:
         blocks = self._view.blocks if self._view else ()
         inside = {id(p) for block in blocks for p in block.parameters()}
-        after = (
-            {id(p) for m in (*self._view.norms, *self._view.heads) for p in m.parameters()}
-            if self._view
-            else set()
-        )
+        after = {id(p) for m in (*self._view.norms, *self._view.heads) for p in m.parameters()} if self._view else set()
         in_vit = {id(p) for p in self._view.model.parameters()} if self._view else set()
         everything = list(self._module.parameters())
         if self._view:
@@ -164,14 +164,11 @@ class _Enter:
 class _Leave:
     recorder: ActivationRecorder
     line: str
+    next_line: str
 
     def __call__(self, block: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        recorder = self.recorder
-        recorder._tokens[self.line] = output.shape[1]
-        assert recorder._view is not None
-        if output.requires_grad and getattr(recorder._view.model, "grad_checkpointing", False):
-            recorder.count(inputs[0])
-        recorder._line = _HEAD
+        self.recorder._tokens[self.line] = output.shape[1]
+        self.recorder._line = self.next_line
 
 
 def _unpack(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Plain models to fine-tune: a classifier around any timm model and a small ViT that ships with its weights."""
+"""Plain models to fine-tune: a classifier around any timm model, a small ViT with its weights."""
 
 from lightning_bsr.models.classifier import ViTClassifier
 from lightning_bsr.models.micro import vit_micro_patch4_32

@@ -2,7 +2,7 @@
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -16,13 +16,11 @@ from lightning_bsr._errors import ConfigurationError
 _TORCH_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 
 
-def create_from_checkpoint(
-    model_name: str, num_classes: int, path: Path, model_kwargs: dict[str, Any]
-) -> nn.Module:
+def create_from_checkpoint(model_name: str, num_classes: int, path: Path, model_kwargs: dict[str, Any]) -> nn.Module:
     """Build a timm model with the weights of a local file.
 
-    The head starts anew when the file's has another number of classes or none; all else must match. Position and
-    patch embeddings are resampled as timm does for its own weights.
+    The head starts anew when the file's has another number of classes or none; all else must match. Position
+    and patch embeddings are resampled as timm does for its own weights.
 
     Args:
         model_name: Name of a timm model.
@@ -35,7 +33,7 @@ def create_from_checkpoint(
     """
     weights = read_state_dict(path)
     model = timm.create_model(model_name, num_classes=num_classes, **model_kwargs)
-    names = model.pretrained_cfg.get("classifier") or ()
+    names = cast("dict[str, Any]", model.pretrained_cfg).get("classifier") or ()
     heads = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
     file_classes = next((len(weights[f"{head}weight"]) for head in heads if f"{head}weight" in weights), 0)
 
@@ -68,8 +66,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read the state dict of a timm model from a file, without running any code that the file may hold.
 
     Args:
-        path: A ``.safetensors`` file, or a torch file whose state dict may lie under ``state_dict`` or ``model``
-            and whose keys may all begin with ``model.``, as in a Lightning checkpoint of ``ViTClassifier``.
+        path: A ``.safetensors`` file, or a torch file whose state dict may lie under ``state_dict`` or
+            ``model`` and whose keys may all begin with ``model.``, as in a Lightning checkpoint of
+            ``ViTClassifier``.
 
     Raises:
         ConfigurationError: There is no such file, its suffix is not one of those, or it holds no state dict.
@@ -84,18 +83,26 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             content: Any = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+    ) as error:
         raise ConfigurationError(
-            f"checkpoint_path is '{path}', which cannot be read ({type(error).__name__}); expected a safetensors "
-            "file or a torch file of tensors that loads with weights_only=True."
+            f"checkpoint_path is '{path}', which cannot be read ({type(error).__name__}); expected a "
+            "safetensors file or a torch file of tensors that loads with weights_only=True."
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
         raise ConfigurationError(
-            f"checkpoint_path is '{path}', which holds no state dict; expected one at the top, under 'state_dict' "
-            "or under 'model'."
+            f"checkpoint_path is '{path}', which holds no state dict; expected one at the top, under "
+            "'state_dict' or under 'model'."
         )
     weights: dict[str, Tensor] = clean_state_dict(content)
     if all(key.startswith("model.") for key in weights):
@@ -108,9 +115,7 @@ def _difference(expected: dict[str, Tensor], given: dict[str, Tensor]) -> str:
     kinds = {
         "missing": [key for key in expected if key not in given],
         "unexpected": [key for key in given if key not in expected],
-        "of another shape": [
-            key for key in expected if key in given and expected[key].shape != given[key].shape
-        ],
+        "of another shape": [key for key in expected if key in given and expected[key].shape != given[key].shape],
     }
     return "; ".join(
         f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"

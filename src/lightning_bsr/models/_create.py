@@ -32,20 +32,21 @@ def create_model(
         model_kwargs: More arguments for ``timm.create_model``.
 
     Raises:
-        ConfigurationError: timm has no such model or weights, the weights cannot be had, or an argument does not fit.
+        ConfigurationError: timm has no such model or weights, the weights cannot be had, or an argument does
+            not fit.
 
     Example:
         >>> create_model("vit_tinny", 10, pretrained=False, checkpoint_path=None, model_kwargs={})
         Traceback (most recent call last):
         ...
-        lightning_bsr._errors.ConfigurationError: model_name is 'vit_tinny', expected the name of a timm model...
+        lightning_bsr._errors.ConfigurationError: model_name is 'vit_tinny', expected the name of ...
     """
     _check_name(model_name)
     taken = [name for name in _ARGUMENTS_OF_OURS if name in model_kwargs]
     if taken:
         raise ConfigurationError(
-            f"model_kwargs has {', '.join(taken)}, expected only further arguments of the timm model; those are "
-            "arguments of ViTClassifier itself."
+            f"model_kwargs has {', '.join(taken)}, expected only further arguments of the timm model; those "
+            "are arguments of ViTClassifier itself."
         )
     if checkpoint_path is None and pretrained and not _has_weights(model_name):
         raise ConfigurationError(
@@ -59,7 +60,8 @@ def create_model(
     except (OSError, RuntimeError, TypeError, AssertionError) as error:
         if isinstance(error, OSError) or "Hugging Face hub" in f"{error}":
             raise ConfigurationError(
-                f"The weights of {model_name} could not be downloaded ({_cause(error)}); give checkpoint_path=... "
+                f"The weights of {model_name} could not be downloaded ({_cause(error)}); give "
+                "checkpoint_path=... "
                 'of a local file, pretrained=False, or the bundled model_name="vit_micro_patch4_32.cifar100".'
             ) from error
         raise ConfigurationError(
@@ -74,14 +76,12 @@ def _check_name(model_name: str) -> None:
     if not is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
         available = f"close matches are {', '.join(close)}" if close else "timm.list_models() has them all"
-        raise ConfigurationError(
-            f"model_name is '{model_name}', expected the name of a timm model; {available}."
-        )
+        raise ConfigurationError(f"model_name is '{model_name}', expected the name of a timm model; {available}.")
     names = get_arch_pretrained_cfgs(architecture)
     if tag and model_name not in names:
         raise ConfigurationError(
-            f"model_name is '{model_name}', but {architecture} has no weights with the tag '{tag}'; available are "
-            f"{', '.join(names)}."
+            f"model_name is '{model_name}', but {architecture} has no weights with the tag '{tag}'; "
+            f"available are {', '.join(names)}."
         )
 
 

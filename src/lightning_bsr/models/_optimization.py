@@ -3,7 +3,10 @@
 import math
 from typing import Any
 
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import (  # type: ignore[attr-defined]  # timm exports them without saying so
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from torch import nn
 
 
@@ -30,13 +33,11 @@ def parameter_groups(
         >>> [(group["lr"], group["weight_decay"], len(group["params"])) for group in groups]
         [(0.1, 0.0, 1), (0.1, 0.5, 1)]
     """
-    no_decay = getattr(model, "no_weight_decay", set)()
+    no_decay: set[str] = getattr(model, "no_weight_decay", set)()
     if layer_decay is None:
         groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=no_decay)
     else:
-        groups = param_groups_layer_decay(
-            model, weight_decay, no_weight_decay_list=no_decay, layer_decay=layer_decay
-        )
+        groups = param_groups_layer_decay(model, weight_decay, no_weight_decay_list=no_decay, layer_decay=layer_decay)
     # timm leaves lr_scale to its own schedulers; torch's start from each group's lr.
     return [{**group, "lr": lr * group.get("lr_scale", 1.0)} for group in groups if group["params"]]
 
@@ -44,8 +45,8 @@ def parameter_groups(
 def warmup_cosine(step: int, *, warmup_steps: int, total_steps: int) -> float:
     """Return the learning rate's factor at an optimizer step: linear warm-up, then cosine to zero.
 
-    The first step already moves: step ``s`` of ``w`` warm-up steps has the factor ``(s + 1) / (w + 1)``, and the
-    step after the warm-up is the first with the full learning rate.
+    The first step already moves: step ``s`` of ``w`` warm-up steps has the factor ``(s + 1) / (w + 1)``, and
+    the step after the warm-up is the first with the full learning rate.
 
     Example:
         >>> [round(warmup_cosine(step, warmup_steps=3, total_steps=7), 3) for step in range(8)]

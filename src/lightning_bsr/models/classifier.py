@@ -1,4 +1,4 @@
-"""A plain classifier around any timm model: what the callbacks are applied to when you bring no module yourself."""
+"""A plain classifier around any timm model, for when you bring no LightningModule of your own."""
 
 import functools
 import math
@@ -23,40 +23,41 @@ Batch = tuple[Tensor, Tensor]
 class ViTClassifier(LightningModule):
     """Classify images with a timm model, ``self.model``; fine-tune it or train it from scratch.
 
-    Batches are pairs of images [B, 3, H, W] and class indices [B]. The loss is cross-entropy. The learning rate
-    warms up linearly, then follows a cosine to zero at the end of the run, optimizer step by optimizer step.
-    Parameters that do not require gradients when the run starts are left out of the optimizer; biases, norms and
-    embeddings are spared the weight decay.
+    Batches are pairs of images [B, 3, H, W] and class indices [B]. The loss is cross-entropy. The learning
+    rate warms up linearly, then follows a cosine to zero at the end of the run, optimizer step by optimizer
+    step. Parameters that do not require gradients when the run starts are left out of the optimizer; biases,
+    norms and embeddings are spared the weight decay.
 
-    Logged are ``train/loss`` (per step), ``train/accuracy``, ``val/loss``, ``val/accuracy``, ``test/loss`` and
-    ``test/accuracy`` (per epoch).
+    Logged are ``train/loss`` (per step), ``train/accuracy``, ``val/loss``, ``val/accuracy``, ``test/loss``
+    and ``test/accuracy`` (per epoch).
 
-    Checkpoints are self-contained: ``ViTClassifier.load_from_checkpoint`` needs neither the network nor the file
-    that training started from.
+    Checkpoints are self-contained: ``ViTClassifier.load_from_checkpoint`` needs neither the network nor the
+    file that training started from.
 
     Args:
         model_name: Name of a timm model, with or without the tag of its weights.
         num_classes: Number of classes. Weights for another number keep all but their head, which starts anew.
-        pretrained: Start from the published weights, downloaded once by timm. Those of the default model are part
-            of this package. Ignored with ``checkpoint_path``.
-        checkpoint_path: Start from the weights of a local file instead: ``.safetensors``, a torch file with a state
-            dict (also under ``state_dict`` or ``model``), or a Lightning checkpoint of this class. Nothing is
-            downloaded then.
-        model_kwargs: More arguments of the timm model: ``img_size``, ``drop_path_rate``, ``patch_drop_rate``, ...
+        pretrained: Start from the published weights, downloaded once by timm. Those of the default model are
+            part of this package. Ignored with ``checkpoint_path``.
+        checkpoint_path: Start from the weights of a local file instead: ``.safetensors``, a torch file with a
+            state dict (also under ``state_dict`` or ``model``), or a Lightning checkpoint of this class.
+            Nothing is downloaded then.
+        model_kwargs: More arguments of the timm model: ``img_size``, ``drop_path_rate``, ``patch_drop_rate``,
+            ...
         optimizer: ``adamw``, or ``sgd`` with momentum.
         lr: Learning rate after the warm-up.
         weight_decay: Weight decay of the matrices.
         momentum: Momentum of ``sgd``.
         betas: Decay rates of the two moments of ``adamw``.
-        layer_decay: Factor between the learning rates of a block and of the block after it, such as 0.75; the head
-            has ``lr`` itself. None gives all of them ``lr``.
+        layer_decay: Factor between the learning rates of a block and of the block after it, such as 0.75; the
+            head has ``lr`` itself. None gives all of them ``lr``.
         warmup_steps: Warm-up in optimizer steps.
         warmup_epochs: Warm-up in epochs; give this or ``warmup_steps``.
         label_smoothing: Share of the training target spread over all classes; the validation loss has none.
 
     Raises:
-        ConfigurationError: An argument is out of range, the model or its weights cannot be had; or, when a run starts, no
-            parameter requires gradients or the length of the schedule is unknown.
+        ConfigurationError: An argument is out of range, the model or its weights cannot be had; or, when a
+            run starts, no parameter requires gradients or the length of the schedule is unknown.
 
     Example:
         >>> import torch
@@ -145,9 +146,7 @@ class ViTClassifier(LightningModule):
         loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
         self.train_accuracy(logits, targets)
         self.log("train/loss", loss, batch_size=len(images))
-        self.log(
-            "train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=len(images)
-        )
+        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=len(images))
         return loss
 
     @override
@@ -162,7 +161,7 @@ class ViTClassifier(LightningModule):
 
     @override
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
-        """Return the class probabilities [B, num_classes] of images [B, 3, H, W], given alone or with targets."""
+        """Return class probabilities [B, num_classes] of images [B, 3, H, W], alone or with targets."""
         images = batch if isinstance(batch, Tensor) else batch[0]
         logits: Tensor = self(images)
         return logits.float().softmax(dim=-1)
@@ -183,12 +182,10 @@ class ViTClassifier(LightningModule):
         total_steps = self.trainer.estimated_stepping_batches
         if math.isinf(total_steps):
             raise ConfigurationError(
-                "The Trainer has no last step, expected one for the cosine schedule to end at; give it max_epochs or "
-                "max_steps."
+                "The Trainer has no last step, expected one for the cosine schedule to end at; give it "
+                "max_epochs or max_steps."
             )
-        factor = functools.partial(
-            warmup_cosine, warmup_steps=self._count_warmup_steps(), total_steps=int(total_steps)
-        )
+        factor = functools.partial(warmup_cosine, warmup_steps=self._count_warmup_steps(), total_steps=int(total_steps))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -203,8 +200,8 @@ class ViTClassifier(LightningModule):
         batches = self.trainer.num_training_batches
         if math.isinf(batches):
             raise ConfigurationError(
-                f"warmup_epochs is {self.warmup_epochs}, but the training data have no length to count epochs by; "
-                "give warmup_steps instead."
+                f"warmup_epochs is {self.warmup_epochs}, but the training data have no length to count "
+                "epochs by; give warmup_steps instead."
             )
         return round(self.warmup_epochs * math.ceil(batches / self.trainer.accumulate_grad_batches))
 
@@ -213,9 +210,7 @@ class ViTClassifier(LightningModule):
         logits = self(images)
         accuracy(logits, targets)
         # sync_dist: the mean over all processes, as the accuracy is.
-        self.log(
-            f"{stage}/loss", F.cross_entropy(logits, targets), batch_size=len(images), sync_dist=True
-        )
+        self.log(f"{stage}/loss", F.cross_entropy(logits, targets), batch_size=len(images), sync_dist=True)
         self.log(
             f"{stage}/accuracy",
             accuracy,

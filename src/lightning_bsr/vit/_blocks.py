@@ -52,9 +52,7 @@ class BlockSpec:
         """List the parameters of one branch of ``block``."""
         values = [getattr(block, name) for name in (self.attn if part == "attn" else self.mlp)]
         parameters = [value for value in values if isinstance(value, nn.Parameter)]
-        return parameters + [
-            p for value in values if isinstance(value, nn.Module) for p in value.parameters()
-        ]
+        return parameters + [p for value in values if isinstance(value, nn.Module) for p in value.parameters()]
 
 
 _REGISTRY: dict[type[nn.Module], BlockSpec] = {

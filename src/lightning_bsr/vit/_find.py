@@ -92,9 +92,7 @@ def _title(module: nn.Module, path: str | None) -> str:
 
 
 def _listing(views: list[ViTView]) -> str:
-    return ", ".join(
-        f"{view.path!r} ({type(view.model).__name__}, {len(view.blocks)} blocks)" for view in views
-    )
+    return ", ".join(f"{view.path!r} ({type(view.model).__name__}, {len(view.blocks)} blocks)" for view in views)
 
 
 def _nothing_found(module: nn.Module, path: str | None) -> str:
@@ -128,6 +126,4 @@ def _looks_like_blocks(container: nn.Module) -> bool:
     blocks = list(container.children())
     if len(blocks) < 2 or any(isinstance(block, _CONTAINERS) for block in blocks):
         return False
-    return all(
-        any("attention" in type(part).__name__.lower() for part in block.modules()) for block in blocks
-    )
+    return all(any("attention" in type(part).__name__.lower() for part in block.modules()) for block in blocks)
