@@ -79,6 +79,12 @@ def main(args: list[str] | None = None) -> None:
         warnings.filterwarnings("ignore", message)
     try:
         BSRCLI(args)
-    except (ArgumentError, ConfigurationError) as error:
-        print(f"lightning-bsr: error: {one_line(str(error))}", file=sys.stderr)
+    except (ArgumentError, ValueError) as error:
+        # jsonargparse turns what a class's constructor raises into an error of its own.
+        mistake = next(
+            (e for e in (error, error.__cause__) if isinstance(e, (ArgumentError, ConfigurationError))), None
+        )
+        if mistake is None:
+            raise
+        print(f"lightning-bsr: error: {one_line(str(mistake))}", file=sys.stderr)
         sys.exit(2)
