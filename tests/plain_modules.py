@@ -77,9 +77,29 @@ class ManualOptimization(PlainModule):
         optimizer.step()
 
 
+class ResumableLoader(DataLoader):
+    """Goes on where it was in the middle of an epoch, by the state that Lightning keeps for it."""
+
+    given, skip = 0, 0
+
+    def __iter__(self):
+        skip, self.skip, self.given = self.skip, 0, 0
+        for batch in super().__iter__():
+            self.given += 1
+            if self.given > skip:
+                yield batch
+
+    def state_dict(self):
+        return {"given": self.given % len(self)}
+
+    def load_state_dict(self, state):
+        self.skip = state["given"]
+
+
 class RandomImages(LightningDataModule):
-    def __init__(self, batches: int = 4, batch_size: int = 4):
+    def __init__(self, batches: int = 4, batch_size: int = 4, loader_class: type[DataLoader] = DataLoader):
         super().__init__()
+        self.loader_class = loader_class
         generator = torch.Generator().manual_seed(1)
         count = batches * batch_size
         self.data = TensorDataset(
@@ -89,6 +109,6 @@ class RandomImages(LightningDataModule):
         self.batch_size = batch_size
 
     def loader(self):
-        return DataLoader(self.data, batch_size=self.batch_size)
+        return self.loader_class(self.data, batch_size=self.batch_size)
 
     train_dataloader = val_dataloader = test_dataloader = predict_dataloader = loader

@@ -9,7 +9,14 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_bsr import ActivationMemoryMonitor, BlockSelect, ConfigurationError, TokenDrop
-from plain_modules import BuildsInConfigureModel, BuildsInSetup, ManualOptimization, PlainModule, RandomImages
+from plain_modules import (
+    BuildsInConfigureModel,
+    BuildsInSetup,
+    ManualOptimization,
+    PlainModule,
+    RandomImages,
+    ResumableLoader,
+)
 
 
 def levers(**kwargs):
@@ -165,10 +172,7 @@ def test_bf16_mixed__trains(make_trainer, images):
     assert monitor.report.weight_copies > 0
 
 
-resumes = pytest.mark.filterwarnings(
-    "ignore:Checkpoint directory .* exists and is not empty",
-    "ignore:You're resuming from a checkpoint that ended before the epoch ended",
-)
+resumes = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
 
 class StopAfter(Callback):
@@ -183,7 +187,8 @@ class StopAfter(Callback):
 @resumes
 @pytest.mark.parametrize("stop_at", [4, 6], ids=["between_epochs", "inside_an_epoch"])
 @pytest.mark.parametrize("module_class", [PlainModule, BuildsInConfigureModel])
-def test_resume__equals_an_uninterrupted_run_bit_for_bit(stop_at, module_class, make_trainer, images, tmp_path):
+def test_resume__equals_an_uninterrupted_run_bit_for_bit(stop_at, module_class, make_trainer, tmp_path):
+    images = RandomImages(loader_class=ResumableLoader)
     options = {"max_epochs": 3, "enable_checkpointing": True}
 
     def checkpoints(folder):
@@ -217,6 +222,17 @@ def test_resume__with_another_selection_is_refused(make_trainer, images, tmp_pat
         "norm=True), which differs from the present BlockSelect(blocks={2: ['mlp']}, head=True, norm=False), so the "
         "optimizer's state does not fit; resume with the same selection, or load only the weights."
     )
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_evaluation__from_a_checkpoint_of_fit(stage, make_trainer, images, tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    trained = PlainModule()
+    make_trainer(*levers(), checkpoint, enable_checkpointing=True).fit(trained, images)
+    module = PlainModule()
+    trainer = make_trainer(*levers(), checkpoint, enable_checkpointing=True)
+    getattr(trainer, stage)(module, datamodule=images, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), trained.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,8 @@ class BlockSelect(AttachingCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict != self._selected:
+        # Nothing is attached when a checkpoint is loaded only to evaluate.
+        if self._handle is not None and state_dict != self._selected:
             raise ConfigurationError(
                 f"The checkpoint was trained with BlockSelect({_describe(state_dict)}), which differs from the "
                 f"present BlockSelect({_describe(self._selected)}), so the optimizer's state does not fit; resume "

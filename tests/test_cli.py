@@ -1,0 +1,244 @@
+"""The command line: in a process of its own where that matters, else by its main function."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
+
+import lightning_bsr
+from lightning_bsr.cli import main
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:LightningCLI's args parameter is intended to run from within Python",  # tests do, with pytest's sys.argv
+    "ignore:The dirpath has changed from",  # what is evaluated comes from another run's folder
+    "ignore:Starting from v1.9.0, `tensorboardX` has been removed",  # the CSV logger is what these tests read
+)
+
+
+@pytest.fixture(autouse=True)
+def _hide_what_lightning_calls(monkeypatch):
+    # lightning 2.6 calls add_instantiator, which jsonargparse 4.49 deprecates with a warning too long for a filter.
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+
+def run(*arguments, cwd):
+    """Run the installed command, as a user does."""
+    command = [Path(sys.executable).parent / "lightning-bsr", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for split, count in (("train", 6), ("test", 2)):
+        for label, colour in (("blue", (0, 0, 250)), ("green", (0, 250, 0)), ("red", (250, 0, 0))):
+            folder = tmp_path / "pictures" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (40, 36), tuple(max(0, c - i) for c in colour)).save(folder / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.mark.slow
+def test_quickstart__one_epoch_prints_table_summary_and_test_accuracy(tmp_path):
+    done = run("fit", "--config", EXAMPLES / "quickstart.yaml", "--trainer.max_epochs=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Activations kept for backward, ViT 'model' (VisionTransformer)" in done.stdout
+    assert "test/accuracy" in done.stdout
+    assert (
+        "BlockSelect: blocks 3, 7, 11 of 12 train in the ViT 'model' (VisionTransformer): 596,362 of 2,395,530 "
+        "parameters (24.9 %).\n"
+    ) in done.stderr
+    assert "65 -> 34 -> 19 -> 11 tokens.\n" in done.stderr
+    assert "Warning" not in done.stderr
+    assert "Traceback" not in done.stderr
+    metrics = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
+    assert "memory/activations_mib" in metrics.splitlines()[0]
+
+
+@pytest.mark.slow
+def test_fit_then_validate_test_and_predict__from_its_checkpoint_in_the_same_folder(here, pictures, capsys):
+    common = [
+        "--data=ImageFolderDataModule",
+        f"--data.root={pictures}",
+        "--data.img_size=32",
+        "--data.batch_size=6",
+        "--data.num_workers=0",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        "--trainer.callbacks+=TokenDrop",
+        "--trainer.callbacks.blocks=[3]",
+        "--trainer.callbacks.keep_rate=0.5",
+    ]
+    selecting = ["--trainer.callbacks+=BlockSelect", "--trainer.callbacks.blocks=[7,11]", "--trainer.max_epochs=3"]
+    fit = ["fit", *common, *selecting, "--model.lr=1e-3", "--trainer.log_every_n_steps=1"]
+    main(fit)
+    main([*fit, "--test_after_fit=true"])
+    assert "test/accuracy" in capsys.readouterr().out
+    assert sorted(p.name for p in (here / "lightning_logs").iterdir()) == ["version_0", "version_1"]
+    (checkpoint,) = (here / "lightning_logs" / "version_1" / "checkpoints").iterdir()
+    for stage in ("validate", "test", "predict"):
+        main([stage, *common, *selecting, f"--ckpt_path={checkpoint}", "--trainer.logger=false"])
+    assert "val/accuracy" in capsys.readouterr().out
+    main([*fit, f"--ckpt_path={checkpoint}", "--trainer.max_epochs=4", "--weights_only=true"])
+    saved = yaml.safe_load((here / "lightning_logs" / "version_1" / "config.yaml").read_text())
+    assert saved["data"]["init_args"]["root"] == str(pictures)
+
+
+def test_fit__learns_the_number_of_classes_from_the_data(here, pictures):
+    main(
+        [
+            "fit",
+            "--data=ImageFolderDataModule",
+            f"--data.root={pictures}",
+            "--data.img_size=32",
+            "--data.num_workers=0",
+            "--trainer.fast_dev_run=true",
+            "--trainer.accelerator=cpu",
+            "--trainer.callbacks+=ActivationMemoryMonitor",
+        ]
+    )
+
+
+def test_print_config__reloads(tmp_path):
+    printed = run("fit", "--config", EXAMPLES / "quickstart.yaml", "--print_config", cwd=tmp_path)
+    assert printed.returncode == 0, printed.stderr
+    (tmp_path / "again.yaml").write_text(printed.stdout)
+    again = run("fit", "--config", "again.yaml", "--print_config", cwd=tmp_path)
+    assert again.stdout == printed.stdout
+    config = yaml.safe_load(printed.stdout)
+    assert [callback["class_path"] for callback in config["trainer"]["callbacks"]] == [
+        "lightning_bsr.BlockSelect",
+        "lightning_bsr.TokenDrop",
+        "lightning_bsr.ActivationMemoryMonitor",
+    ]
+    assert config["data"]["class_path"] == "lightning_bsr.DigitsDataModule"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"lightning-bsr {lightning_bsr.__version__}\n"
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*.yaml")))
+def test_examples__parse(example, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(EXAMPLES / example), "--print_config"])
+    assert stop.value.code == 0
+    assert "class_path: lightning_bsr.ViTClassifier" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CIFAR10.is_dir(), reason=f"needs the CIFAR-10 subset in {CIFAR10}")
+def test_cifar10_example__runs_on_real_pictures(here, capsys):
+    config = EXAMPLES / "cifar10_folder.yaml"
+    main(
+        [
+            "fit",
+            f"--config={config}",
+            f"--data.root={CIFAR10}",
+            "--data.num_workers=0",
+            "--trainer.accelerator=cpu",
+            "--trainer.max_epochs=1",
+            "--trainer.limit_train_batches=4",
+            "--trainer.limit_val_batches=2",
+            "--trainer.limit_test_batches=2",
+            "--trainer.enable_progress_bar=false",
+        ]
+    )
+    assert "test/accuracy" in capsys.readouterr().out
+
+
+def test_quickstart_py__runs(tmp_path):
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "quickstart.py", "--epochs", "0"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "test/accuracy" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--trainer.callbacks+=BlockSelect", "--trainer.callbacks.blocks=[30]"],
+            "blocks has 30, but the ViT 'model' (VisionTransformer) has 12 blocks, numbered 0 to 11 or -12 to -1.",
+        ),
+        (
+            ["--trainer.callbacks+=BlockSelect", "--trainer.callbacks.blocks=x"],
+            "trainer.callbacks: lightning_bsr.BlockSelect: blocks: expected a whole number or a list or a mapping, "
+            "got x",
+        ),
+        (
+            ["--trainer.callbacks+=TokenDrop", "--trainer.callbacks.blocks=[3]", "--trainer.callbacks.keep_rate=2"],
+            "keep_rate is 2.0, expected a number above 0 and at most 1.",
+        ),
+        (
+            ["--trainer.callbacks+=BlockSelct"],
+            "trainer.callbacks: no class is known by the name BlockSelct; did you mean BlockSelect? A full import path "
+            "works too.",
+        ),
+        (["--model=foo.Bar"], "model: foo.Bar: No module named 'foo'"),
+        (["--model.lr=-1"], "lr is -1.0, expected a number above 0."),
+        (["--model.lr=abc"], "model: lightning_bsr.ViTClassifier: lr: expected a number, got abc"),
+        (["--model.checkpoint_path=no.pt"], "checkpoint_path is 'no.pt', expected an existing file."),
+        (
+            ["--data=ImageFolderDataModule", "--data.root=nowhere"],
+            "nowhere does not exist, expected a folder with train/<class>/<images> in it; . holds nothing.",
+        ),
+        (
+            ["--ckpt_path=no.ckpt"],
+            "ckpt_path is 'no.ckpt', but there is no such file; expected a checkpoint file or one of 'best', 'last', "
+            "'hpc'.",
+        ),
+        (["--config=no.yaml"], "config: File does not exist: 'HERE/no.yaml'"),
+        (["--trainer.max_epochs=many"], "trainer.max_epochs: expected a whole number or null, got many"),
+    ],
+)
+def test_mistakes__end_in_one_line_and_exit_code_2(arguments, message, here, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.logger=false", *arguments])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    said = [line for line in lines if line.startswith("lightning-bsr: error: ")]
+    expected = re.split(r"expected (?=a whole number)", message.replace("HERE", str(here.resolve())))
+    assert len(said) == 1
+    if len(expected) == 1:
+        assert said[0] == f"lightning-bsr: error: {expected[0]}"
+    else:  # the order of the types differs between releases of jsonargparse
+        prefix, types = f"lightning-bsr: error: {expected[0]}expected ", expected[1]
+        assert said[0].startswith(prefix)
+        assert sorted(re.split(" or |, ", said[0].removeprefix(prefix))) == sorted(re.split(" or |, ", types))
+    assert list(here.iterdir()) == []
+
+
+def test_mistakes__no_traceback_from_the_installed_command(tmp_path):
+    done = run("fit", "--trainer.callbacks+=BlockSelect", "--trainer.callbacks.blocks=[99]", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("lightning-bsr: error: blocks has 99, but the ViT 'model'")
+
+
+def test_errors_of_the_code__keep_their_traceback(monkeypatch, here):
+    def broken(*args, **kwargs):
+        raise ValueError("not the user's fault")
+
+    monkeypatch.setattr(CSVLogger, "log_hyperparams", broken)
+    with pytest.raises(ValueError, match="not the user's fault"):
+        main(["fit", "--trainer.accelerator=cpu", "--trainer.max_epochs=1"])
