@@ -20,14 +20,14 @@ _TYPES = {
 
 
 def one_line(message: str) -> str:
-    """Reduce a parser's message to the key, what was given and what was expected.
+    r"""Reduce a parser's message to the key, what was given and what was expected.
 
     Args:
         message: The message of a ``jsonargparse.ArgumentError``; other messages pass with their lines joined.
 
     Example:
-        >>> one_line('Parser key "model":\\n  - Problem with given class_path \\'a.B\\':\\n      Parser key "lr":\\n'
-        ...          '        Expected a <class \\'float\\'>. Got value: abc\\n  - Expected a <class \\'NoneType\\'>')
+        >>> one_line('Parser key "model":\n  - Problem with given class_path \'a.B\':\n      Parser key "lr":\n'
+        ...          '        Expected a <class \'float\'>. Got value: abc\n  - Expected a <class \'NoneType\'>')
         'model: a.B: lr: expected a number, got abc'
     """
     where: list[str] = []
@@ -59,12 +59,11 @@ def _reason(message: str) -> str:
 
 
 def _unknown_class(name: str) -> str:
-    known = sorted(
-        {cls.__name__ for base in (Callback, LightningModule, LightningDataModule) for cls in _subclasses(base)}
-    )
-    ours = [cls for cls in known if cls in _our_names()]
+    bases: tuple[type, ...] = (Callback, LightningModule, LightningDataModule)
+    known = {cls.__name__: cls for base in bases for cls in _subclasses(base)}
+    ours = sorted(key for key, cls in known.items() if cls.__module__.startswith("lightning_bsr.") and key[0] != "_")
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"this package's are {', '.join(ours)}."
+    hint = f"did you mean {close[0]}?" if close else f"this package has {', '.join(ours)}."
     return f"no class is known by the name {name}; {hint} A full import path works too."
 
 
@@ -72,9 +71,3 @@ def _subclasses(base: type) -> Iterator[type]:
     for cls in base.__subclasses__():
         yield cls
         yield from _subclasses(cls)
-
-
-def _our_names() -> list[str]:
-    import lightning_bsr
-
-    return lightning_bsr.__all__

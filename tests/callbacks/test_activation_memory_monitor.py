@@ -1,4 +1,5 @@
 import csv
+from pathlib import Path
 
 import psutil
 import pytest
@@ -55,7 +56,7 @@ def test_monitor__measures_every_n_steps_only(make_trainer, images, monkeypatch)
 def test_monitor__reaches_the_logger_with_units_in_the_keys(make_trainer, images, tmp_path):
     logger = CSVLogger(tmp_path)
     make_trainer(ActivationMemoryMonitor(), logger=logger, log_every_n_steps=1).fit(PlainModule(), images)
-    with open(f"{logger.log_dir}/metrics.csv") as file:
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["memory/activations_mib"]]
     assert rows
     assert float(rows[0]["memory/activations_mib"]) > 0

@@ -322,6 +322,8 @@ def test_install_token_drop__second_handle_on_other_blocks(images):
     both = model(images)
     first.remove()
     assert not torch.equal(model(images), both)
+    with pytest.raises(ConfigurationError, match="its feature maps would miss some patches"):
+        model.forward_intermediates(images)
     second.remove()
     assert torch.equal(model(images), out)
     assert find_vit(model).model is model

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -63,6 +65,6 @@ def test_num_kept_tokens__rounds_up(patches, rate, kept):
 def test_cosine_keep_rate__falls_to_the_rate_and_stays():
     rates = [cosine_keep_rate(0.3, epoch, 5) for epoch in range(8)]
     assert rates[0] == 1
-    assert all(a > b for a, b in zip(rates[:5], rates[1:6], strict=True))
+    assert all(a > b for a, b in pairwise(rates[:6]))
     assert rates[5:] == [0.3] * 3
     assert cosine_keep_rate(0.3, 0, 0) == 0.3

@@ -87,7 +87,8 @@ def test_find_vit__path_that_names_nothing():
     with pytest.raises(ConfigurationError) as error:
         find_vit(PlainModule(), "backbone")
     assert str(error.value) == (
-        "vit='backbone' names no module of PlainModule; Vision Transformers found: 'model' (VisionTransformer, 6 blocks)."
+        "vit='backbone' names no module of PlainModule; Vision Transformers found: 'model' (VisionTransformer, 6 "
+        "blocks)."
     )
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 

@@ -118,6 +118,6 @@ def _memory_in_use(device: torch.device) -> dict[str, float]:
     return {"memory/rss_mib": psutil.Process().memory_info().rss / MIB}
 
 
-def _accelerator_module(device: torch.device) -> Any:  # noqa: ANN401 - torch.cuda, torch.xpu, ... share no type
+def _accelerator_module(device: torch.device) -> Any:
     module = torch.get_device_module(device)
     return module if hasattr(module, "max_memory_allocated") else None

@@ -16,7 +16,8 @@ class BlockSelect(AttachingCallback):
 
     During ``fit`` only: afterwards, however it ended, every parameter and module is as it was before. Parameters
     outside the ViT are not touched. Frozen blocks, and other parts of the ViT without a trained parameter, are in eval
-    mode while training, so that their dropout, stochastic depth and batch statistics rest. See :func:`lightning_bsr.functional.select_blocks_` for the details.
+    mode while training, so that their dropout, stochastic depth and batch statistics rest. See
+    :func:`lightning_bsr.functional.select_blocks_` for the details.
 
     A checkpoint remembers the selection; resuming from it with another one is refused, because the optimizer's state
     would not fit.

@@ -50,7 +50,8 @@ def mean_scores(
         tensor([[0.2000, 0.2000, 0.2000, 0.2000, 0.2000]])
     """
     keys = k.transpose(-2, -1)
-    received = sum(((part * scale) @ keys).softmax(dim=-1).sum(dim=(1, 2)) for part in q.split(chunk_size, dim=2))
+    parts = torch.split(q, chunk_size, dim=2)
+    received = sum(((part * scale) @ keys).softmax(dim=-1).sum(dim=(1, 2)) for part in parts)
     assert isinstance(received, torch.Tensor)
     return received[:, num_prefix_tokens:] / (q.shape[1] * q.shape[2])
 

@@ -126,7 +126,7 @@ def _resolve(view: ViTView, blocks: Blocks) -> dict[int, tuple[Part, ...]]:
     if isinstance(blocks, Mapping):
         indices = {index: view.block_indices([index])[0] for index in blocks}
         view.block_indices(blocks)
-        return {i: parts for i, parts in sorted((indices[index], _parts(index, blocks[index])) for index in blocks)}
+        return dict(sorted((indices[index], _parts(index, blocks[index])) for index in blocks))
     return dict.fromkeys(view.block_indices(blocks), get_args(Part))
 
 

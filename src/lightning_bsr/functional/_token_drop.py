@@ -110,9 +110,8 @@ class TokenDropHandle:
         self.view = view
         self.forwards = forwards
         for forward in forwards.values():
-            forward.block.forward = forward  # type: ignore[method-assign]
-        self._refuses_dense = _is_unpatched(view.model, "forward_intermediates")
-        if self._refuses_dense:
+            forward.block.forward = forward
+        if hasattr(view.model, "forward_intermediates") and "forward_intermediates" not in vars(view.model):
             view.model.forward_intermediates = DenseOutputRefused(view.name)  # type: ignore[assignment]
 
     @property
@@ -141,8 +140,8 @@ class TokenDropHandle:
         for forward in self.forwards.values():
             if vars(forward.block).get("forward") is forward:
                 del forward.block.forward
-        if self._refuses_dense:
-            self._refuses_dense = False
+        others_drop = any(isinstance(vars(block).get("forward"), TokenDropForward) for block in self.view.blocks)
+        if not others_drop and isinstance(vars(self.view.model).get("forward_intermediates"), DenseOutputRefused):
             del self.view.model.forward_intermediates
 
     def __str__(self) -> str:
@@ -264,7 +263,3 @@ def _check_block(view: ViTView, index: int, score: Score) -> None:
             f"Block {index} of the {view.name} does not use scaled_dot_product_attention, where tokens get their "
             "scores; set fused_attn = True on its attention, or leave TIMM_FUSED_ATTN unset."
         )
-
-
-def _is_unpatched(model: nn.Module, method: str) -> bool:
-    return hasattr(model, method) and method not in vars(model)

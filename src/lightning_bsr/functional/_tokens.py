@@ -77,4 +77,4 @@ def fuse_tokens(tokens: torch.Tensor, weights: torch.Tensor, *, normalize: bool 
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     # index_select copies whole rows and keeps only the index for backward, where gather would keep all of x.
     start = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
-    return x.flatten(0, 1).index_select(0, (index + start).flatten()).unflatten(0, index.shape)
+    return x.flatten(0, 1).index_select(0, (index + start).flatten()).view(*index.shape, -1)

@@ -77,7 +77,7 @@ class ActivationRecorder:
 
     def report(self) -> MemoryReport:
         """Report what is kept now; call it between forward and backward."""
-        alive = [kept for kept in self._kept.values() if not kept.storage.expired()]
+        alive = [kept for kept in self._kept.values() if not kept.storage.expired()]  # type: ignore[no-untyped-call]
         by_line: dict[str, int] = defaultdict(int)
         for kept in alive:
             if not kept.is_weight_copy:
@@ -103,7 +103,10 @@ class ActivationRecorder:
         if storage._cdata in self._own or storage._cdata in self._kept:
             return
         self._kept[storage._cdata] = _Kept(
-            StorageWeakRef(storage), storage.nbytes(), self._line, self._is_weight_copy(tensor)
+            StorageWeakRef(storage),  # type: ignore[no-untyped-call]
+            storage.nbytes(),
+            self._line,
+            self._is_weight_copy(tensor),
         )
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:

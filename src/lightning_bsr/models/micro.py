@@ -27,7 +27,7 @@ default_cfgs = generate_default_cfgs(
 
 def vit_micro_patch4_32(
     pretrained: bool = False,
-    **kwargs: Any,  # noqa: ANN401 - handed on to timm
+    **kwargs: Any,
 ) -> VisionTransformer:
     """Build the micro ViT: 12 blocks of width 128, 4 heads, 4x4 patches of 32x32 images.
 

@@ -60,7 +60,7 @@ def _vits(module: nn.Module) -> Iterator[ViTView]:
                 path=path,
                 blocks=blocks,
                 specs=tuple(spec for spec in map(spec_of, blocks) if spec),
-                num_prefix_tokens=owner.num_prefix_tokens,  # type: ignore[arg-type]
+                num_prefix_tokens=owner.num_prefix_tokens,
                 has_class_token=getattr(owner, "cls_token", None) is not None,
                 norms=tuple(child for child in after if _is_norm(child)),
                 heads=tuple(child for child in after if not _is_norm(child)),
