@@ -59,15 +59,14 @@ def _reason(message: str) -> str:
 
 
 def _unknown_class(name: str) -> str:
-    bases: tuple[type, ...] = (Callback, LightningModule, LightningDataModule)
-    known = {cls.__name__: cls for base in bases for cls in _subclasses(base)}
+    known = {cls.__name__: cls for cls in _subclasses(Callback, LightningModule, LightningDataModule)}
     ours = sorted(key for key, cls in known.items() if cls.__module__.startswith("lightning_bsr.") and key[0] != "_")
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"this package has {', '.join(ours)}."
     return f"no class is known by the name {name}; {hint} A full import path works too."
 
 
-def _subclasses(base: type) -> Iterator[type]:
-    for cls in base.__subclasses__():
-        yield cls
-        yield from _subclasses(cls)
+def _subclasses(*bases: type) -> Iterator[type]:
+    for base in bases:
+        yield from base.__subclasses__()
+        yield from _subclasses(*base.__subclasses__())

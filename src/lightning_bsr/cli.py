@@ -14,6 +14,7 @@ from lightning_bsr._cli_errors import one_line
 from lightning_bsr._errors import ConfigurationError
 
 _WARNINGS_TO_HIDE = (
+    "LightningCLI's args parameter is intended to run from within Python",  # as main's is
     "Starting from v1.9.0, `tensorboardX` has been removed",  # the CSV logger is meant
     "The '.*' does not have many workers",  # the data modules choose their workers
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # between lightning 2.6 and torch, not the user's to mend
