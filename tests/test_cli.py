@@ -129,6 +129,23 @@ def test_print_config__reloads(tmp_path):
     assert config["data"]["class_path"] == "lightning_bsr.DigitsDataModule"
 
 
+@pytest.mark.parametrize(
+    ("blocks", "said"),
+    [
+        ("3", "blocks 3, 7, 11 of 12 train"),
+        ("[-1]", "blocks 11 of 12 train"),
+        ("{7: all, 3: [mlp]}", "blocks 3 (mlp only), 7 of 12 train"),
+    ],
+)
+def test_block_select__all_forms_of_blocks_from_yaml(blocks, said, here, caplog):
+    (here / "config.yaml").write_text(
+        f"trainer:\n  callbacks:\n    - class_path: BlockSelect\n      init_args:\n        blocks: {blocks}\n"
+    )
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        main(["fit", "--config=config.yaml", "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu"])
+    assert any(said in message for message in caplog.messages)
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])

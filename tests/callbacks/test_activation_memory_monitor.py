@@ -91,6 +91,22 @@ def test_monitor__module_without_a_vit(make_trainer, capsys):
     assert "Activations kept" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_monitor__compiled_model_has_a_total_and_no_table(make_trainer, images, capsys):
+    class Compiled(PlainModule):
+        def __init__(self):
+            super().__init__()
+            self.model = torch.compile(self.model, backend="aot_eager")
+
+    totals = []
+    for module in (Compiled(), PlainModule()):
+        monitor = ActivationMemoryMonitor()
+        make_trainer(BlockSelect([1, 3]), TokenDrop([2], 0.5), monitor).fit(module, images)
+        totals.append(monitor.report.activations)
+    assert totals[0] == pytest.approx(totals[1], rel=0.02)
+    assert capsys.readouterr().out.count("Activations kept") == 1
+
+
 def test_monitor__bad_interval():
     with pytest.raises(ConfigurationError) as error:
         ActivationMemoryMonitor(every_n_steps=0)

@@ -23,8 +23,8 @@ class ActivationMemoryMonitor(Callback):
     - ``memory/peak_mib``: on an accelerator, the most memory its tensors held at once since training started.
     - ``memory/rss_mib``: on the CPU, the resident memory of the process now.
 
-    After the first batch a table of the activations by block is printed, if the module holds a ViT. The other batches
-    cost nothing. Tensors saved inside a region with saved-tensor hooks of its own are not seen.
+    After the first batch a table of the activations by block is printed, if the module holds a ViT that is not compiled
+    as a whole. The other batches cost nothing. Tensors saved inside a region with saved-tensor hooks of its own are not seen.
 
     Args:
         every_n_steps: How many batches from one measurement to the next.
@@ -104,11 +104,13 @@ class ActivationMemoryMonitor(Callback):
 
     def _find(self, pl_module: LightningModule) -> ViTView | None:
         try:
-            return find_vit(pl_module, self.vit)
+            view = find_vit(pl_module, self.vit)
         except ConfigurationError:
             if self.vit is not None:
                 raise
             return None
+        # A compiled graph saves all its tensors at once, at its end: there is nothing to tell by block.
+        return None if "_orig_mod" in view.path.split(".") else view
 
 
 def _memory_in_use(device: torch.device) -> dict[str, float]:

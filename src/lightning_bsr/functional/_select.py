@@ -26,11 +26,6 @@ class BlockSelection:
         self._requires_grad = {name: p.requires_grad for name, p in view.model.named_parameters()}
         self._training = {name: module.training for name, module in view.model.named_modules()}
 
-    @property
-    def trained_names(self) -> list[str]:
-        """Names, inside the ViT, of the parameters that train."""
-        return [name for name, p in self.view.model.named_parameters() if p.requires_grad]
-
     def eval_frozen(self) -> None:
         """Set to eval mode the blocks, and the other parts of the ViT, that have parameters of which none trains.
 

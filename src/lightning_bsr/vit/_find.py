@@ -126,4 +126,9 @@ def _looks_like_blocks(container: nn.Module) -> bool:
     blocks = list(container.children())
     if len(blocks) < 2 or any(isinstance(block, _CONTAINERS) for block in blocks):
         return False
-    return all(any("attention" in type(part).__name__.lower() for part in block.modules()) for block in blocks)
+    return all(any(_is_attention(part) for part in block.modules()) for block in blocks)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return "attention" in name or "attn" in name
