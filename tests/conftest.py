@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,18 @@ def _seeded():
 @pytest.fixture
 def fixtures() -> Path:
     return FIXTURES
+
+
+@pytest.fixture
+def infos():
+    """The messages that Lightning logs; it may or may not hand them on to the root logger, where caplog listens."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("lightning.pytorch")
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
 
 
 @pytest.fixture

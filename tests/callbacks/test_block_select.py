@@ -1,5 +1,3 @@
-import logging
-
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 
@@ -15,13 +13,12 @@ class Two(PlainModule):
         self.teacher = tiny_vit(depth=2)
 
 
-def test_block_select__one_line_says_what_trains(make_trainer, images, caplog):
-    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
-        make_trainer(BlockSelect([1, -1])).fit(PlainModule(), images)
+def test_block_select__one_line_says_what_trains(make_trainer, images, infos):
+    make_trainer(BlockSelect([1, -1])).fit(PlainModule(), images)
     assert (
         "BlockSelect: blocks 1, 5 of 6 train in the ViT 'model' (VisionTransformer): 25,604 of 80,100 parameters "
         "(32.0 %)."
-    ) in caplog.messages
+    ) in infos
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

@@ -1,5 +1,3 @@
-import logging
-
 import pytest
 from lightning.pytorch import Callback
 
@@ -23,13 +21,12 @@ class Tokens(Callback):
         self.hook.remove()
 
 
-def test_token_drop__one_line_says_where_tokens_go(make_trainer, images, caplog):
-    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
-        make_trainer(TokenDrop([1, 3], [0.5, 0.25])).fit(PlainModule(), images)
+def test_token_drop__one_line_says_where_tokens_go(make_trainer, images, infos):
+    make_trainer(TokenDrop([1, 3], [0.5, 0.25])).fit(PlainModule(), images)
     assert (
         "TokenDrop: tokens are dropped in blocks 1 (keep 0.5), 3 (keep 0.25) of the ViT 'model' (VisionTransformer): "
         "65 -> 34 -> 11 tokens."
-    ) in caplog.messages
+    ) in infos
 
 
 def test_token_drop__warm_up_over_epochs_in_training_and_validation(make_trainer, images):
