@@ -18,7 +18,7 @@ def main() -> None:
 
     seed_everything(0)
     data = DigitsDataModule()
-    model = ViTClassifier("vit_micro_patch4_32.cifar100", num_classes=data.num_classes, lr=1.5e-3, warmup_epochs=2)
+    model = ViTClassifier("vit_micro_patch4_32.cifar100", num_classes=data.num_classes, lr=4.5e-3, warmup_epochs=2)
     trainer = Trainer(
         max_epochs=epochs,
         num_sanity_val_steps=0,
