@@ -77,6 +77,16 @@ class ManualOptimization(PlainModule):
         optimizer.step()
 
 
+class TwoBackwards(ManualOptimization):
+    """A large pass and a small one in each batch."""
+
+    def training_step(self, batch, batch_idx):
+        for count in (4, 1):
+            self.manual_backward(F.cross_entropy(self.model(batch[0][:count]), batch[1][:count]))
+        self.optimizers().step()
+        self.optimizers().zero_grad()
+
+
 class ResumableLoader(DataLoader):
     """Goes on where it was in the middle of an epoch, by the state that Lightning keeps for it."""
 

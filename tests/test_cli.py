@@ -210,6 +210,10 @@ def test_quickstart_py__runs(tmp_path):
             "trainer.callbacks: no class is known by the name BlockSelct; did you mean BlockSelect? A full import path "
             "works too.",
         ),
+        (
+            ["--model.optimizer=adam"],
+            "model: lightning_bsr.ViTClassifier: optimizer: expected one of 'adamw', 'sgd', got adam",
+        ),
         (["--model=foo.Bar"], "model: foo.Bar: No module named 'foo'"),
         (["--model.lr=-1"], "lr is -1.0, expected a number above 0."),
         (["--model.lr=abc"], "model: lightning_bsr.ViTClassifier: lr: expected a number, got abc"),

@@ -49,6 +49,8 @@ def one_line(message: str) -> str:
 def _reason(message: str) -> str:
     if match := re.search(r"Expected a dot import path string: (.+)", message):
         return _unknown_class(match[1])
+    if match := re.search(r"Expected a typing\.Literal\[(.+?)\]\.? Got value: (.+)", message):
+        return f"expected one of {match[1]}, got {match[2]}"
     types = dict.fromkeys(
         _TYPES.get(name, name) for name in re.findall(r"Expected an? <class '(?:\w+\.)*(\w+)'>", message)
     )

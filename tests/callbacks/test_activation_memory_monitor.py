@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_bsr import ActivationMemoryMonitor, BlockSelect, ConfigurationError, TokenDrop
 from lightning_bsr.functional import install_token_drop, select_blocks_
 from lightning_bsr.memory import MIB, measure
-from plain_modules import PlainModule, RandomImages, tiny_vit
+from plain_modules import PlainModule, RandomImages, TwoBackwards, tiny_vit
 
 
 class ProgressBarMetrics(Callback):
@@ -105,6 +105,13 @@ def test_monitor__compiled_model_has_a_total_and_no_table(make_trainer, images, 
         totals.append(monitor.report.activations)
     assert totals[0] == pytest.approx(totals[1], rel=0.02)
     assert capsys.readouterr().out.count("Activations kept") == 1
+
+
+def test_monitor__several_backward_passes_report_the_largest(make_trainer, images):
+    monitor, alone = ActivationMemoryMonitor(), ActivationMemoryMonitor()
+    make_trainer(monitor).fit(TwoBackwards(), images)
+    make_trainer(alone).fit(PlainModule(), images)
+    assert monitor.report.activations == alone.report.activations
 
 
 def test_monitor__bad_interval():

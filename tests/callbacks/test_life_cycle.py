@@ -262,6 +262,15 @@ def test_bad_arguments__stop_before_the_first_step(callback, message, make_train
     assert state(module) == state(PlainModule())
 
 
+def test_module_of_another_lightning__is_refused(make_trainer):
+    with pytest.raises(ConfigurationError) as error:
+        BlockSelect([1]).setup(make_trainer(), torch.nn.Linear(2, 2), "fit")
+    assert str(error.value) == (
+        "BlockSelect was given a Linear that is no lightning.pytorch.LightningModule; import module and Trainer from "
+        "lightning.pytorch, not from pytorch_lightning."
+    )
+
+
 @pytest.mark.parametrize("callback", levers(), ids=lambda c: type(c).__name__)
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
 def test_copies_of_callbacks__work(callback, copier, make_trainer, images):

@@ -208,6 +208,14 @@ def test_handle__counts_and_changes_rates():
     )
     handle.set_keep_rates({1: 1.0})
     assert handle.num_tokens(64) == [65, 65, 65, 65, 65, 34]
+    for rates, message in (
+        ({5: 0.7, 1: 7}, "keep_rate is 7, expected a number above 0 and at most 1."),
+        ({5: 0.7, 4: 0.5}, "keep_rates has block 4, but tokens are dropped in blocks [1, 5]."),
+    ):
+        with pytest.raises(ConfigurationError) as error:
+            handle.set_keep_rates(rates)
+        assert str(error.value) == message
+        assert handle.keep_rates == {1: 1.0, 5: 0.5}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
+from lightning_bsr._errors import ConfigurationError
+
 
 class Handle(Protocol):
     """What an installer returns."""
@@ -31,6 +33,12 @@ class AttachingCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, LightningModule):
+            raise ConfigurationError(
+                f"{type(self).__name__} was given a {type(pl_module).__name__} that is no lightning.pytorch."
+                "LightningModule; import module and Trainer from lightning.pytorch, not from pytorch_lightning."
+            )
+
         def attach() -> None:
             self._handle = self.attach(trainer, pl_module)
             rank_zero_info(f"{type(self).__name__}: {self._handle}.")

@@ -19,12 +19,13 @@ class ActivationMemoryMonitor(Callback):
     Logged, and shown in the progress bar, at the first training batch and then every ``every_n_steps`` batches:
 
     - ``memory/activations_mib``: activations that backward keeps for one batch, in MiB (2**20 bytes): unique
-      storages, parameters excluded.
+      storages, parameters excluded. With several backward passes a batch, those of the largest.
     - ``memory/peak_mib``: on an accelerator, the most memory its tensors held at once since training started.
     - ``memory/rss_mib``: on the CPU, the resident memory of the process now.
 
     After the first batch a table of the activations by block is printed, if the module holds a ViT that is not compiled
-    as a whole. The other batches cost nothing. Tensors saved inside a region with saved-tensor hooks of its own are not seen.
+    as a whole. The other batches cost nothing. Tensors saved inside a region with saved-tensor hooks of its own are not
+    seen.
 
     Args:
         every_n_steps: How many batches from one measurement to the next.
@@ -65,6 +66,7 @@ class ActivationMemoryMonitor(Callback):
         if self._batches % self.every_n_steps == 0:
             self._recorder = ActivationRecorder(pl_module, self._view)
             self._recorder.__enter__()
+            self._batch_is_new = True
         self._batches += 1
 
     @override
@@ -72,8 +74,11 @@ class ActivationMemoryMonitor(Callback):
         if self._recorder is None:
             return
         first = self.report is None
-        self.report = self._recorder.report()
+        report = self._recorder.report()
         self._recorder.clear()
+        if self.report is None or self._batch_is_new or report.activations > self.report.activations:
+            self.report = report
+        self._batch_is_new = False
         if first and self._view is not None and trainer.is_global_zero:
             rich.print(self.report.table(f"Activations kept for backward, {self._view.name}"))
 

@@ -116,11 +116,21 @@ class TokenDropHandle:
 
     @property
     def keep_rates(self) -> dict[int, float]:
-        """The keep rate of each dropping block; assign rates with :meth:`set_keep_rates`."""
+        """The keep rate of each dropping block; :meth:`set_keep_rates` changes them."""
         return {index: forward.keep_rate for index, forward in self.forwards.items()}
 
     def set_keep_rates(self, keep_rates: dict[int, float]) -> None:
-        """Change the keep rates, by block index."""
+        """Change the keep rates, by block index.
+
+        Raises:
+            ConfigurationError: If a rate is out of range or a block drops no tokens. Nothing has changed then.
+        """
+        for index, keep_rate in keep_rates.items():
+            _check_rate(keep_rate)
+            if index not in self.forwards:
+                raise ConfigurationError(
+                    f"keep_rates has block {index}, but tokens are dropped in blocks {list(self.forwards)}."
+                )
         for index, keep_rate in keep_rates.items():
             self.forwards[index].keep_rate = keep_rate
 
@@ -146,7 +156,7 @@ class TokenDropHandle:
 
     def __str__(self) -> str:
         drops = ", ".join(f"{index} (keep {rate:g})" for index, rate in self.keep_rates.items())
-        text = f"tokens are dropped in blocks {drops} of the {self.view.name}"
+        text = f"tokens are dropped in blocks {drops or 'none'} of the {self.view.name}"
         patches = self.view.num_patch_tokens
         if patches is None:
             return text
@@ -232,11 +242,15 @@ def _rates(view: ViTView, blocks: Sequence[int], keep_rate: float | Sequence[flo
             f"keep_rate has {len(rates)} values for {len(blocks)} blocks, expected one, or one a block."
         )
     for rate in rates:
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
-            raise ConfigurationError(f"keep_rate is {rate!r}, expected a number above 0 and at most 1.")
+        _check_rate(rate)
     indices = view.block_indices(blocks)
     given = dict(zip((index % len(view.blocks) for index in blocks), rates, strict=True))
     return {index: float(given[index]) for index in indices}
+
+
+def _check_rate(rate: object) -> None:
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
+        raise ConfigurationError(f"keep_rate is {rate!r}, expected a number above 0 and at most 1.")
 
 
 def _check_score(view: ViTView, score: str) -> None:

@@ -35,8 +35,8 @@ def drop_tokens(
         normalize: Whether the weights of the fused token are scaled to sum to 1.
 
     Returns:
-        ``[B, P + K + 1, C]`` when fusing, else ``[B, P + K, C]``: prefix tokens, kept tokens from the highest score
-        to the lowest, fused token.
+        ``[B, P + K + 1, C]`` when fusing, else ``[B, P + K, C]``, in the order prefix tokens, kept tokens from the
+        highest score to the lowest, fused token.
 
     Example:
         >>> x = torch.tensor([[[9.0], [1.0], [2.0], [3.0], [4.0]]])

@@ -21,7 +21,8 @@ def measure(
 ) -> MemoryReport:
     """Run one forward and backward pass of ``module`` and report what it kept and computed.
 
-    Gradients that the parameters held before are put back, and the state of the random generators too.
+    Gradients that the parameters held before are put back, and the state of the random generators too. Buffers are not:
+    batch norms in train mode update their running statistics.
 
     Args:
         module: A module that holds a ViT, with selection and dropping as they would be in training.

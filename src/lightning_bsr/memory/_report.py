@@ -26,7 +26,8 @@ class BlockReport:
     """One line of a report: a block of the ViT, or what comes before or after the blocks.
 
     Attributes:
-        name: ``"embed"``, the block's index, or ``"head"``; everything outside the ViT counts there.
+        name: ``"embed"``, the block's index, or ``"head"``. Parameters outside the ViT count to the head; activations
+            to the embedding until the first block runs, and to the head after the last.
         tokens: Tokens that leave the block; ``None`` where there are none to count.
         parameters: Number of parameters.
         trained: Number of parameters that train.
