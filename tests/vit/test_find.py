@@ -1,5 +1,6 @@
 import re
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -126,7 +127,7 @@ def test_find_vit__no_blocks_at_all():
 
 
 def test_block_indices__sorted_positions():
-    assert find_vit(tiny_vit()).block_indices([-1, 0, 3]) == [0, 3, 5]
+    assert find_vit(tiny_vit()).block_indices([-1, 0, np.int64(3)]) == [0, 3, 5]
 
 
 @pytest.mark.parametrize(

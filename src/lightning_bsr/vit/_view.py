@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 
 from torch import nn
 
@@ -64,13 +65,13 @@ class ViTView:
         """
         depth = len(self.blocks)
         valid = f"the {self.name} has {depth} blocks, numbered 0 to {depth - 1} or -{depth} to -1"
-        indices = []
+        indices: list[int] = []
         for index in blocks:
-            if isinstance(index, bool) or not isinstance(index, int):
+            if isinstance(index, bool) or not isinstance(index, Integral):
                 raise ConfigurationError(f"{argument} has {index!r}, expected whole numbers: {valid}.")
             if not -depth <= index < depth:
                 raise ConfigurationError(f"{argument} has {index}, but {valid}.")
-            indices.append(index % depth)
+            indices.append(int(index) % depth)
         repeated = sorted({index for index in indices if indices.count(index) > 1})
         if repeated:
             raise ConfigurationError(f"{argument} names block {repeated[0]} more than once: {list(blocks)}.")
