@@ -24,7 +24,7 @@ class Tokens(Callback):
 def test_token_drop__one_line_says_where_tokens_go(make_trainer, images, infos):
     make_trainer(TokenDrop([1, 3], [0.5, 0.25])).fit(PlainModule(), images)
     assert (
-        "TokenDrop: tokens are dropped in blocks 1 (keep 0.5), 3 (keep 0.25) of the ViT 'model' (VisionTransformer): "
+        "TokenDrop: blocks 1, 3 of the ViT 'model' (VisionTransformer) keep 0.5, 0.25 of the patch tokens: "
         "65 -> 34 -> 11 tokens."
     ) in infos
 

@@ -198,13 +198,20 @@ def test_nothing_before_the_first_trained_block_is_kept__by_bytes(images):
     assert sum(kept) > 0
 
 
+def test_handle__says_one_rate_once_and_no_blocks():
+    assert str(install_token_drop(tiny_vit(), [1, 3], 0.5)) == (
+        "blocks 1, 3 of the ViT (VisionTransformer) keep 0.5 of the patch tokens: 65 -> 34 -> 19 tokens"
+    )
+    assert str(install_token_drop(tiny_vit(), [], 0.5)) == "no block of the ViT (VisionTransformer) drops tokens"
+
+
 def test_handle__counts_and_changes_rates():
     model = tiny_vit()
     handle = install_token_drop(model, [-1, 1], [0.5, 0.25])
     assert handle.keep_rates == {1: 0.25, 5: 0.5}
     assert handle.num_tokens(64) == [65, 18, 18, 18, 18, 11]
     assert str(handle) == (
-        "tokens are dropped in blocks 1 (keep 0.25), 5 (keep 0.5) of the ViT (VisionTransformer): 65 -> 18 -> 11 tokens"
+        "blocks 1, 5 of the ViT (VisionTransformer) keep 0.25, 0.5 of the patch tokens: 65 -> 18 -> 11 tokens"
     )
     handle.set_keep_rates({1: 1.0})
     assert handle.num_tokens(64) == [65, 65, 65, 65, 65, 34]

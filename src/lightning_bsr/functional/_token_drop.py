@@ -155,8 +155,12 @@ class TokenDropHandle:
             del self.view.model.forward_intermediates
 
     def __str__(self) -> str:
-        drops = ", ".join(f"{index} (keep {rate:g})" for index, rate in self.keep_rates.items())
-        text = f"tokens are dropped in blocks {drops or 'none'} of the {self.view.name}"
+        if not self.forwards:
+            return f"no block of the {self.view.name} drops tokens"
+        shares = [f"{rate:g}" for rate in self.keep_rates.values()]
+        shares = shares[:1] if len(set(shares)) == 1 else shares
+        blocks = ", ".join(map(str, self.forwards))
+        text = f"blocks {blocks} of the {self.view.name} keep {', '.join(shares)} of the patch tokens"
         patches = self.view.num_patch_tokens
         if patches is None:
             return text
@@ -206,7 +210,7 @@ def install_token_drop(
         >>> model = timm.create_model("test_vit", num_classes=10)
         >>> handle = install_token_drop(model, [1, 3], 0.5)
         >>> print(handle)
-        tokens are dropped in blocks 1 (keep 0.5), 3 (keep 0.5) of the ViT (VisionTransformer): 101 -> 52 -> 28 tokens
+        blocks 1, 3 of the ViT (VisionTransformer) keep 0.5 of the patch tokens: 101 -> 52 -> 28 tokens
         >>> model(torch.zeros(2, 3, 160, 160)).shape
         torch.Size([2, 10])
         >>> handle.remove()
