@@ -224,8 +224,7 @@ def test_quickstart_py__runs(tmp_path):
         ),
         (
             ["--ckpt_path=no.ckpt"],
-            "ckpt_path is 'no.ckpt', but there is no such file; expected a checkpoint file or one of 'best', 'last', "
-            "'hpc'.",
+            "ckpt_path is 'no.ckpt', but there is no such file; expected a checkpoint file or one of 'last', 'hpc'.",
         ),
         (["--config=no.yaml"], "config: File does not exist: 'HERE/no.yaml'"),
         (["--trainer.max_epochs=many"], "trainer.max_epochs: expected a whole number or null, got many"),

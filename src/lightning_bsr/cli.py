@@ -19,7 +19,7 @@ _WARNINGS_TO_HIDE = (
     "The '.*' does not have many workers",  # the data modules choose their workers
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # between lightning 2.6 and torch, not the user's to mend
 )
-_CHECKPOINT_NAMES = ("best", "last", "hpc")
+_CHECKPOINT_NAMES = ("last", "hpc")  # not "best": no process knows another's
 
 
 class BSRCLI(LightningCLI):

@@ -55,10 +55,11 @@ def test_monitor__measures_every_n_steps_only(make_trainer, images, monkeypatch)
 
 def test_monitor__reaches_the_logger_with_units_in_the_keys(make_trainer, images, tmp_path):
     logger = CSVLogger(tmp_path)
-    make_trainer(ActivationMemoryMonitor(), logger=logger, log_every_n_steps=1).fit(PlainModule(), images)
+    # Four batches an epoch are fewer than Lightning's logging interval.
+    make_trainer(ActivationMemoryMonitor(every_n_steps=3), logger=logger, max_epochs=2).fit(PlainModule(), images)
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["memory/activations_mib"]]
-    assert rows
+    assert [int(row["step"]) for row in rows] == [1, 4, 7]
     assert float(rows[0]["memory/activations_mib"]) > 0
     assert float(rows[0]["memory/rss_mib"]) > 0
 
@@ -107,11 +108,49 @@ def test_monitor__compiled_model_has_a_total_and_no_table(make_trainer, images, 
     assert capsys.readouterr().out.count("Activations kept") == 1
 
 
-def test_monitor__several_backward_passes_report_the_largest(make_trainer, images):
-    monitor, alone = ActivationMemoryMonitor(), ActivationMemoryMonitor()
-    make_trainer(monitor).fit(TwoBackwards(), images)
+@pytest.mark.parametrize("counts", [(4, 1), (1, 4)])
+def test_monitor__several_backward_passes_report_the_largest(counts, make_trainer, images):
+    monitor, alone, module = ActivationMemoryMonitor(), ActivationMemoryMonitor(), TwoBackwards()
+    module.counts = counts
+    make_trainer(monitor).fit(module, images)
     make_trainer(alone).fit(PlainModule(), images)
-    assert monitor.report.activations == alone.report.activations
+    assert monitor.report == alone.report
+
+
+def test_monitor__skipped_batches_leave_no_hooks(make_trainer, images):
+    class Skips(PlainModule):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if self.global_step < 3 and self.current_epoch < 2 else None
+
+    module = Skips()
+    make_trainer(ActivationMemoryMonitor(every_n_steps=1), max_epochs=4).fit(module, images)
+    assert all(not block._forward_hooks and not block._forward_pre_hooks for block in module.model.blocks)
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def test_monitor__blocks_called_by_keyword(make_trainer, images):
+    class ByKeyword(PlainModule):
+        def training_step(self, batch, batch_idx):
+            x = self.model._pos_embed(self.model.patch_embed(batch[0]))
+            for block in self.model.blocks:
+                x = block(x=x)
+            return torch.nn.functional.cross_entropy(self.model.forward_head(self.model.norm(x)), batch[1])
+
+    monitor = ActivationMemoryMonitor()
+    make_trainer(BlockSelect([2]), TokenDrop([1], 0.5), monitor, limit_val_batches=0).fit(ByKeyword(), images)
+    assert [line.tokens for line in monitor.report.by_block] == [None, 65, 34, 34, 34, 34, 34, None]
+
+
+def test_monitor__several_vits_say_why_there_is_no_table(make_trainer, images, infos):
+    module = PlainModule()
+    module.teacher = tiny_vit(depth=2)
+    make_trainer(ActivationMemoryMonitor()).fit(module, images)
+    assert any(
+        message.startswith(
+            "ActivationMemoryMonitor: there will be no table by block. PlainModule holds 2 Vision Transformers: 'model'"
+        )
+        for message in infos
+    )
 
 
 def test_monitor__bad_interval():

@@ -1,7 +1,7 @@
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 
-from lightning_bsr import BlockSelect
+from lightning_bsr import BlockSelect, ConfigurationError
 from plain_modules import BuildsInConfigureModel, PlainModule, tiny_vit
 
 
@@ -32,6 +32,42 @@ def test_block_select__two_vits_with_a_callback_each(make_trainer, images, tmp_p
     make_trainer(*callbacks, checkpoint, enable_checkpointing=True, max_epochs=2).fit(
         module, images, ckpt_path=tmp_path / "last.ckpt", weights_only=True
     )
+
+
+def test_block_select__two_on_one_vit_are_refused_and_leave_no_trace(make_trainer, images):
+    module = PlainModule()
+    with pytest.raises(ConfigurationError, match="has its blocks selected already"):
+        make_trainer(BlockSelect([1]), BlockSelect([2], vit="model")).fit(module, images)
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_block_select__nothing_to_train(make_trainer, images):
+    module = PlainModule()
+    with pytest.raises(ConfigurationError) as error:
+        make_trainer(BlockSelect([], head=False, norm=False)).fit(module, images)
+    assert str(error.value) == (
+        "BlockSelect(blocks=[], head=False, norm=False) leaves nothing to train in PlainModule; select a block, the "
+        "head or the norm."
+    )
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_block_select__frozen_blocks_rest_although_the_module_calls_train(make_trainer, images):
+    class Wakes(PlainModule):
+        def __init__(self):
+            super().__init__()
+            self.modes = []
+
+        def on_validation_model_train(self):
+            self.train()
+
+        def training_step(self, batch, batch_idx):
+            self.modes.append([block.training for block in self.model.blocks])
+            return super().training_step(batch, batch_idx)
+
+    module = Wakes()
+    make_trainer(BlockSelect([1]), val_check_interval=2).fit(module, images)
+    assert module.modes == [[False, True, False, False, False, False]] * 4
 
 
 def test_block_select__the_optimizer_holds_no_state_for_frozen_parameters(make_trainer, images):

@@ -154,6 +154,15 @@ def test_failed_configure_model__leaves_the_module_as_it_was(make_trainer, image
     assert state(module) == before
 
 
+def test_configure_model_of_an_instance__is_kept(make_trainer, images):
+    module, built = PlainModule(), []
+    module.configure_model = lambda: built.append(True)
+    own = module.configure_model
+    make_trainer(*levers()).fit(module, images)
+    assert built == [True]
+    assert vars(module)["configure_model"] is own
+
+
 def test_gradient_accumulation__equals_one_large_batch(make_trainer):
     small, large = PlainModule(), PlainModule()
     make_trainer(*levers(), accumulate_grad_batches=2).fit(small, RandomImages(batches=4, batch_size=4))

@@ -95,6 +95,29 @@ def test_eval_frozen__rests_frozen_parts_only():
     assert model.head.training
 
 
+def test_remove__twice_does_nothing_more():
+    model = tiny_vit()
+    selection = select_blocks_(model, [1])
+    selection.remove()
+    model.requires_grad_(False)
+    selection.remove()
+    assert trained(model) == set()
+
+
+def test_select_blocks__twice_is_refused():
+    model = tiny_vit()
+    selection = select_blocks_(model, [1])
+    before = trained(model)
+    with pytest.raises(ConfigurationError) as error:
+        select_blocks_(model, [2])
+    assert str(error.value) == (
+        "The ViT (VisionTransformer) has its blocks selected already; remove that selection first."
+    )
+    assert trained(model) == before
+    selection.remove()
+    select_blocks_(model, [2])
+
+
 def test_str__counts_parameters():
     selection = select_blocks_(PlainModule(), {1: "all", 3: "mlp"})
     assert str(selection) == (

@@ -84,6 +84,18 @@ def test_find_vit__several_need_a_path():
     assert find_vit(module, "teacher").path == "teacher.0"
 
 
+def test_find_vit__two_lists_of_blocks_in_one_model():
+    vit = tiny_vit()
+    vit.decoder_blocks = tiny_vit(depth=2).blocks
+    with pytest.raises(ConfigurationError) as error:
+        find_vit(vit)
+    assert str(error.value) == (
+        "VisionTransformer holds 2 Vision Transformers: 'blocks' (VisionTransformer, 6 blocks), 'decoder_blocks' "
+        "(VisionTransformer, 2 blocks); name one of them with vit=, such as vit='blocks'."
+    )
+    assert len(find_vit(vit, "decoder_blocks").blocks) == 2
+
+
 def test_find_vit__path_that_names_nothing():
     with pytest.raises(ConfigurationError) as error:
         find_vit(PlainModule(), "backbone")

@@ -55,8 +55,9 @@ class AttachingCallback(Callback):
         self._detach(pl_module)
 
     def _detach(self, pl_module: LightningModule) -> None:
-        if hasattr(vars(pl_module).get("configure_model"), "_lightning_bsr"):
-            del pl_module.configure_model
+        deferred = vars(pl_module).get("configure_model")
+        if deferred is not None and hasattr(deferred, "_replaced"):
+            _put_back(pl_module, deferred._replaced)
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -72,11 +73,19 @@ def _when_built(pl_module: LightningModule, attach: Callable[[], None]) -> None:
         attach()
         return
     build = pl_module.configure_model
+    replaced = vars(pl_module).get("configure_model")
 
     def configure_model() -> None:
-        vars(pl_module).pop("configure_model", None)
+        _put_back(pl_module, replaced)
         build()
         attach()
 
-    configure_model._lightning_bsr = True  # type: ignore[attr-defined]
+    configure_model._replaced = replaced  # type: ignore[attr-defined]
     pl_module.configure_model = configure_model  # type: ignore[method-assign]
+
+
+def _put_back(pl_module: LightningModule, configure_model: Callable[[], None] | None) -> None:
+    """Give the instance the ``configure_model`` that it had, or its class's again."""
+    del pl_module.configure_model
+    if configure_model is not None:
+        pl_module.configure_model = configure_model  # type: ignore[method-assign]

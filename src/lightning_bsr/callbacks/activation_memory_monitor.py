@@ -6,6 +6,7 @@ import psutil
 import rich
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_bsr._errors import ConfigurationError
@@ -63,6 +64,7 @@ class ActivationMemoryMonitor(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._stop()  # a batch that the module skips never ends
         if self._batches % self.every_n_steps == 0:
             self._recorder = ActivationRecorder(pl_module, self._view)
             self._recorder.__enter__()
@@ -92,7 +94,14 @@ class ActivationMemoryMonitor(Callback):
         values = _memory_in_use(pl_module.device)
         if self.report is not None:
             values = {"memory/activations_mib": self.report.activations / MIB} | values
-        pl_module.log_dict(values, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
+        pl_module.log_dict(values, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
+        # Not by log_dict: it would wait for the Trainer's logging interval, and be forgotten if the epoch ends before.
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -110,9 +119,10 @@ class ActivationMemoryMonitor(Callback):
     def _find(self, pl_module: LightningModule) -> ViTView | None:
         try:
             view = find_vit(pl_module, self.vit)
-        except ConfigurationError:
+        except ConfigurationError as error:
             if self.vit is not None:
                 raise
+            rank_zero_info(f"ActivationMemoryMonitor: there will be no table by block. {error}")
             return None
         # A compiled graph saves all its tensors at once, at its end: there is nothing to tell by block.
         return None if "_orig_mod" in view.path.split(".") else view

@@ -15,8 +15,8 @@ class BlockSelect(AttachingCallback):
     """Train some blocks of the module's ViT, its last norm and its head; freeze the rest of the ViT.
 
     During ``fit`` only: afterwards, however it ended, every parameter and module is as it was before. Parameters
-    outside the ViT are not touched. Frozen blocks, and other parts of the ViT without a trained parameter, are in eval
-    mode while training, so that their dropout, stochastic depth and batch statistics rest. See
+    outside the ViT are not touched. Frozen blocks, and other parts of the ViT that have parameters but train none, are
+    in eval mode while training, so that their dropout, stochastic depth and batch statistics rest. See
     :func:`lightning_bsr.functional.select_blocks_` for the details.
 
     A checkpoint remembers the selection; resuming from it with another one is refused, because the optimizer's state
@@ -31,8 +31,9 @@ class BlockSelect(AttachingCallback):
         vit: Dotted path of the ViT, for when the module holds several.
 
     Raises:
-        ConfigurationError: At the start of ``fit``, if there is no ViT, ``blocks`` does not fit it, or the checkpoint
-            that training resumes from was made with another selection.
+        ConfigurationError: At the start of ``fit``, if there is no ViT, ``blocks`` does not fit it, nothing is left
+            to train, another ``BlockSelect`` holds the ViT, or the checkpoint that training resumes from was made with
+            another selection.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -65,19 +66,20 @@ class BlockSelect(AttachingCallback):
     @override
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> BlockSelection:
         selection = select_blocks_(pl_module, self.blocks, head=self.head, norm=self.norm, vit=self.vit)
+        if not any(p.requires_grad for p in pl_module.parameters()):
+            selection.remove()
+            raise ConfigurationError(
+                f"BlockSelect(blocks={self.blocks}, head={self.head}, norm={self.norm}) leaves nothing to train in "
+                f"{type(pl_module).__name__}; select a block, the head or the norm."
+            )
         parts = {index: list(parts) for index, parts in selection.parts.items()}
         self._selected = {"blocks": parts, "head": self.head, "norm": self.norm}
         return selection
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not when attaching: Lightning warns of modules in eval mode when training starts.
-        assert isinstance(self._handle, BlockSelection)
-        self._handle.eval_frozen()
-
-    @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Again, for modules that call train() themselves at the end of an evaluation.
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Not when attaching: Lightning warns of modules in eval mode when training starts. And each time: a module may
+        # call train() itself after a validation.
         assert isinstance(self._handle, BlockSelection)
         self._handle.eval_frozen()
 

@@ -81,8 +81,15 @@ class TokenDrop(AttachingCallback):
         return handle
 
     @override
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._warm_up(trainer)
+
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Not once an epoch: Lightning calls no epoch hook for the epoch that training resumes in.
+        self._warm_up(trainer)
+
+    def _warm_up(self, trainer: Trainer) -> None:
         if not self.warmup_epochs:
             return
         assert isinstance(self._handle, TokenDropHandle)

@@ -9,6 +9,7 @@ from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.vit import ViTView, find_vit
 
 Part = Literal["attn", "mlp"]
+_MARK = "_lightning_bsr_selected"
 Blocks = int | Sequence[int] | Mapping[int, str | Sequence[str]]
 
 
@@ -23,6 +24,7 @@ class BlockSelection:
     def __init__(self, view: ViTView, parts: dict[int, tuple[Part, ...]]) -> None:
         self.view = view
         self.parts = parts
+        self._frozen: list[nn.Module] = []
         self._requires_grad = {name: p.requires_grad for name, p in view.model.named_parameters()}
         self._training = {name: module.training for name, module in view.model.named_modules()}
 
@@ -32,13 +34,14 @@ class BlockSelection:
         Their dropout, stochastic depth and batch statistics then rest. ``module.train()`` wakes them, so call this
         after it.
         """
-        for part in (*self.view.model.children(), *self.view.blocks):
-            parameters = list(part.parameters())
-            if parameters and not any(p.requires_grad for p in parameters):
+        for part in self._frozen:
+            if part.training:
                 part.eval()
 
     def remove(self) -> None:
-        """Put back each parameter's ``requires_grad`` and each module's mode as they were before."""
+        """Put back each parameter's ``requires_grad`` and each module's mode; a second call does nothing."""
+        if vars(self.view.model).pop(_MARK, None) is None:
+            return
         for name, parameter in self.view.model.named_parameters():
             if name in self._requires_grad:
                 parameter.requires_grad_(self._requires_grad[name])
@@ -85,7 +88,8 @@ def select_blocks_(
         A handle; its ``remove()`` restores every flag and mode.
 
     Raises:
-        ConfigurationError: If the ViT is not found or ``blocks`` does not fit it. Nothing has changed then.
+        ConfigurationError: If the ViT is not found, ``blocks`` does not fit it, or its blocks are selected already.
+            Nothing has changed then.
 
     Example:
         >>> import timm
@@ -96,6 +100,8 @@ def select_blocks_(
         >>> selection.remove()
     """
     view = find_vit(module, vit)
+    if _MARK in vars(view.model):
+        raise ConfigurationError(f"The {view.name} has its blocks selected already; remove that selection first.")
     selection = BlockSelection(view, _resolve(view, blocks))
     trained = {
         id(p)
@@ -107,6 +113,11 @@ def select_blocks_(
         trained.update(map(id, after.parameters()))
     for parameter in view.model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
+    for part in (*view.model.children(), *view.blocks):
+        parameters = list(part.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            selection._frozen.append(part)
+    setattr(view.model, _MARK, True)
     return selection
 
 

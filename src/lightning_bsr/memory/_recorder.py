@@ -92,8 +92,9 @@ class ActivationRecorder:
         )
 
     def clear(self) -> None:
-        """Forget what was counted so far."""
+        """Forget what was counted so far, and begin anew with what comes before the first block."""
         self._kept.clear()
+        self._line = _EMBED if self._view else _HEAD
 
     def count(self, tensor: torch.Tensor) -> None:
         """Count the storage of ``tensor``, unless it is a parameter's or was counted before."""
@@ -158,7 +159,7 @@ class _Enter:
     line: str
 
     def __call__(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if self.line == "0":
+        if self.line == "0" and inputs:
             self.recorder._tokens[_EMBED] = inputs[0].shape[1]
         self.recorder._line = self.line
 

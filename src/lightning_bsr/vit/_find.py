@@ -18,7 +18,8 @@ def find_vit(module: nn.Module, path: str | None = None) -> ViTView:
 
     Args:
         module: Any module; a LightningModule, a compiled or wrapped model, or the ViT itself.
-        path: Dotted path of the ViT, or of a module that holds just one; needed when ``module`` holds several.
+        path: Dotted path of the ViT, of its list of blocks, or of a module that holds just one ViT; needed when
+            ``module`` holds several.
 
     Returns:
         A view of the ViT.
@@ -42,7 +43,7 @@ def find_vit(module: nn.Module, path: str | None = None) -> ViTView:
     if views:
         raise ConfigurationError(
             f"{_title(module, path)} holds {len(views)} Vision Transformers: {_listing(views)}; name one of them "
-            f"with vit=, such as vit={views[0].path!r}."
+            f"with vit=, such as vit={_paths(views)[0]!r}."
         )
     raise ConfigurationError(_nothing_found(module, path))
 
@@ -50,7 +51,7 @@ def find_vit(module: nn.Module, path: str | None = None) -> ViTView:
 def _vits(module: nn.Module) -> Iterator[ViTView]:
     for path, owner in module.named_modules():
         children = list(owner.named_children())
-        for position, (_, container) in enumerate(children):
+        for position, (name, container) in enumerate(children):
             if not _is_supported(container) or not isinstance(getattr(owner, "num_prefix_tokens", None), int):
                 continue
             after = [child for _, child in children[position + 1 :] if any(True for _ in child.parameters())]
@@ -58,6 +59,7 @@ def _vits(module: nn.Module) -> Iterator[ViTView]:
             yield ViTView(
                 model=owner,
                 path=path,
+                blocks_path=f"{path}.{name}" if path else name,
                 blocks=blocks,
                 specs=tuple(spec for spec in map(spec_of, blocks) if spec),
                 num_prefix_tokens=owner.num_prefix_tokens,
@@ -75,7 +77,7 @@ def _below(module: nn.Module, path: str, views: list[ViTView]) -> list[ViTView]:
             f"vit={path!r} names no module of {type(module).__name__}; Vision Transformers found: {found}."
         )
     inside = set(names[path].modules())
-    return [view for view in views if view.model in inside]
+    return [view for view in views if view.model in inside or view.blocks_path == path]
 
 
 def _is_supported(container: nn.Module) -> bool:
@@ -92,7 +94,16 @@ def _title(module: nn.Module, path: str | None) -> str:
 
 
 def _listing(views: list[ViTView]) -> str:
-    return ", ".join(f"{view.path!r} ({type(view.model).__name__}, {len(view.blocks)} blocks)" for view in views)
+    return ", ".join(
+        f"{path!r} ({type(view.model).__name__}, {len(view.blocks)} blocks)"
+        for path, view in zip(_paths(views), views, strict=True)
+    )
+
+
+def _paths(views: list[ViTView]) -> list[str]:
+    """The shortest path that names each ViT: its own, or that of its blocks where its owner has several lists."""
+    paths = [view.path for view in views]
+    return [view.blocks_path if paths.count(view.path) > 1 else view.path for view in views]
 
 
 def _nothing_found(module: nn.Module, path: str | None) -> str:

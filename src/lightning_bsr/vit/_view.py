@@ -17,6 +17,7 @@ class ViTView:
     Attributes:
         model: The module that owns the list of blocks.
         path: Its dotted path inside the module that was searched; empty for that module itself.
+        blocks_path: Dotted path of the list of blocks.
         blocks: The transformer blocks, in order.
         specs: What each block is made of.
         num_prefix_tokens: How many tokens come before the patch tokens (class, distillation, registers).
@@ -34,6 +35,7 @@ class ViTView:
 
     model: nn.Module
     path: str
+    blocks_path: str
     blocks: tuple[nn.Module, ...]
     specs: tuple[BlockSpec, ...]
     num_prefix_tokens: int
