@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from lightning_bsr.memory import ActivationRecorder
 from plain_modules import RandomImages
 
 # Tiny models gain nothing from a second thread, and lose much when something else wants the core.
@@ -35,6 +36,21 @@ def infos():
     logger.addHandler(handler)
     yield messages
     logger.removeHandler(handler)
+
+
+def recorder_listens() -> bool:
+    """Whether some recorder's hooks still see what autograd saves."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ActivationRecorder, "count", lambda self, tensor: seen.append(tensor))
+        torch.ones(1, requires_grad=True).exp()
+    return bool(seen)
+
+
+@pytest.fixture(autouse=True)
+def _no_hooks_left():
+    yield
+    assert not recorder_listens()
 
 
 @pytest.fixture

@@ -52,7 +52,6 @@ def state(module):
         "modes": [m.training for m in module.modules()],
         "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()],
         "own": "configure_model" in vars(module),
-        "saved_tensor_hooks": torch._C._autograd._saved_tensors_hooks_is_enabled(),
     }
 
 

@@ -64,7 +64,6 @@ class ActivationMemoryMonitor(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._stop()  # a batch that the module skips never ends
         if self._batches % self.every_n_steps == 0:
             self._recorder = ActivationRecorder(pl_module, self._view)
             self._recorder.__enter__()
@@ -101,6 +100,7 @@ class ActivationMemoryMonitor(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A module that skips a batch skips the rest of its epoch, and no hook ends that batch.
         self._stop()
 
     @override
