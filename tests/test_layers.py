@@ -13,6 +13,17 @@ MAY_IMPORT = {
     "callbacks": {"_errors", "vit", "functional", "memory"},
     "models": {"_errors"},
     "data": {"_errors"},
+    "planning": {"_errors", "_cli_configuration", "_version", "vit", "functional", "memory", "callbacks", "methods"},
+    "comparison": {
+        "_errors",
+        "_cli_configuration",
+        "_cli_errors",
+        "_version",
+        "memory",
+        "callbacks",
+        "methods",
+        "planning",
+    },
 }
 WITHOUT_LIGHTNING = {"vit", "functional", "memory"}
 

@@ -3,6 +3,7 @@
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr._version import __version__
 from lightning_bsr.callbacks import (
+    ActivationCheckpoint,
     ActivationMemoryMonitor,
     BlockSelect,
     BlockSelectCallback,
@@ -10,15 +11,18 @@ from lightning_bsr.callbacks import (
     TokenDropCallback,
 )
 from lightning_bsr.data import DigitsDataModule, ImageFolderDataModule
+from lightning_bsr.methods import FineTune
 from lightning_bsr.models import ViTClassifier
 from lightning_bsr.vit import register_block
 
 __all__ = [
+    "ActivationCheckpoint",
     "ActivationMemoryMonitor",
     "BlockSelect",
     "BlockSelectCallback",
     "ConfigurationError",
     "DigitsDataModule",
+    "FineTune",
     "ImageFolderDataModule",
     "TokenDrop",
     "TokenDropCallback",

@@ -3,15 +3,17 @@
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
 import lightning_bsr
 from lightning_bsr._cli_errors import one_line
 from lightning_bsr._errors import ConfigurationError
+from lightning_bsr._subcommands import SUBCOMMANDS, CommandTrainer, instantiating
 
 _WARNINGS_TO_HIDE = (
     "LightningCLI's args parameter is intended to run from within Python",  # as main's is
@@ -27,12 +29,20 @@ class BSRCLI(LightningCLI):
 
     Everything of ``lightning_bsr`` and Lightning is known by its short class name. Errors are raised:
     ``ArgumentError`` and ``ConfigurationError`` are the user's, see :func:`main`.
+
+    Args:
+        args: The arguments, those of the process by default; or a configuration.
+        run: Whether to run the subcommand that ``args`` begin with. Otherwise there is none, and model, data and
+            Trainer are only made, for a subcommand that needs several.
     """
 
-    def __init__(self, args: list[str] | None = None) -> None:
+    def __init__(self, args: list[str] | dict[str, Any] | None = None, *, run: bool = True) -> None:
         super().__init__(
             LightningModule,
             LightningDataModule,
+            trainer_class=CommandTrainer,
+            save_config_callback=SaveConfigCallback if run else None,
+            run=run,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
@@ -49,6 +59,11 @@ class BSRCLI(LightningCLI):
             "--test_after_fit", type=bool, default=False, help="Whether fit ends with a test of the trained model."
         )
 
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return LightningCLI.subcommands() | SUBCOMMANDS
+
     @override
     def before_instantiate_classes(self) -> None:
         path = self._get(self.config, "ckpt_path")
@@ -58,10 +73,37 @@ class BSRCLI(LightningCLI):
                 f"{', '.join(map(repr, _CHECKPOINT_NAMES))}."
             )
 
+    @override
+    def instantiate_classes(self) -> None:
+        with instantiating(self):
+            super().instantiate_classes()
+
+    @override
+    def after_instantiate_classes(self) -> None:
+        if self.subcommand in SUBCOMMANDS and isinstance(self.trainer, CommandTrainer):
+            self.trainer.cli = self
+
     def after_fit(self) -> None:
         """Test the trained model, if asked to."""
         if self._get(self.config, "test_after_fit"):
             self.trainer.test(self.model, datamodule=self.datamodule)
+
+
+def with_underscores(args: list[str]) -> list[str]:
+    """Write underscores for the hyphens inside the names of options; values stay as they are.
+
+    Args:
+        args: The arguments.
+
+    Example:
+        >>> with_underscores(["compare", "--max-epoch-factor=2", "--output", "my-runs"])
+        ['compare', '--max_epoch_factor=2', '--output', 'my-runs']
+    """
+    return [
+        "--" + name.replace("-", "_") + equals + value if argument.startswith("--") else argument
+        for argument in args
+        for name, equals, value in [argument[2:].partition("=")]
+    ]
 
 
 def main(args: list[str] | None = None) -> None:
@@ -76,6 +118,7 @@ def main(args: list[str] | None = None) -> None:
         ...
         SystemExit: 2
     """
+    args = with_underscores(sys.argv[1:] if args is None else args)
     for message in _WARNINGS_TO_HIDE:
         warnings.filterwarnings("ignore", message)
     try:

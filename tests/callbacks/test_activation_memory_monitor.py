@@ -1,4 +1,5 @@
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -30,7 +31,7 @@ def test_monitor__logs_what_measure_measures(make_trainer, images):
     pictures, labels = next(iter(images.train_dataloader()))
     expected = measure(model, pictures, loss=lambda logits: torch.nn.functional.cross_entropy(logits, labels))
     assert monitor.report.activations == expected.activations
-    assert monitor.report.by_block == expected.by_block
+    assert monitor.report.by_block == tuple(replace(line, flops=None) for line in expected.by_block)
     assert seen.seen[-1]["memory/activations_mib"] == pytest.approx(expected.activations / MIB)
     assert 50 < seen.seen[-1]["memory/rss_mib"] < psutil.virtual_memory().total / MIB
     assert "memory/peak_mib" not in seen.seen[-1]

@@ -1,10 +1,12 @@
 """Lightning callbacks: each attaches one lever at the right moment of a run and undoes it afterwards."""
 
+from lightning_bsr.callbacks.activation_checkpoint import ActivationCheckpoint
 from lightning_bsr.callbacks.activation_memory_monitor import ActivationMemoryMonitor
 from lightning_bsr.callbacks.block_select import BlockSelect, BlockSelectCallback
 from lightning_bsr.callbacks.token_drop import TokenDrop, TokenDropCallback
 
 __all__ = [
+    "ActivationCheckpoint",
     "ActivationMemoryMonitor",
     "BlockSelect",
     "BlockSelectCallback",

@@ -27,6 +27,11 @@ class AttachingCallback(Callback):
     def __init__(self) -> None:
         self._handle: Handle | None = None
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether the lever is installed now."""
+        return self._handle is not None
+
     @abstractmethod
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> Handle:
         """Install the lever on ``pl_module`` and return its handle."""
@@ -80,12 +85,12 @@ def _when_built(pl_module: LightningModule, attach: Callable[[], None]) -> None:
         build()
         attach()
 
-    configure_model._replaced = replaced  # type: ignore[attr-defined]
-    pl_module.configure_model = configure_model  # type: ignore[method-assign]
+    configure_model._replaced = replaced  # type: ignore[attr-defined]  # a note for _detach
+    pl_module.configure_model = configure_model  # type: ignore[method-assign]  # on this instance only
 
 
 def _put_back(pl_module: LightningModule, configure_model: Callable[[], None] | None) -> None:
     """Give the instance the ``configure_model`` that it had, or its class's again."""
     del pl_module.configure_model
     if configure_model is not None:
-        pl_module.configure_model = configure_model  # type: ignore[method-assign]
+        pl_module.configure_model = configure_model  # type: ignore[method-assign]  # it was the instance's own

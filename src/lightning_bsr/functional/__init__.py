@@ -1,21 +1,38 @@
 """What can be done to a ViT, with no Trainer: tensor functions first, installers that return a handle second."""
 
+from lightning_bsr.functional._bitfit import BiasSelection, train_biases_
+from lightning_bsr.functional._checkpoint import install_checkpointing
+from lightning_bsr.functional._installed import BlockForwardsHandle
 from lightning_bsr.functional._keep_rate import cosine_keep_rate
+from lightning_bsr.functional._lora import LoraHandle, install_lora
+from lightning_bsr.functional._pack import install_int8_activations, install_sparse_activations
 from lightning_bsr.functional._scores import cls_scores, mean_scores, random_scores
 from lightning_bsr.functional._select import BlockSelection, select_blocks_
+from lightning_bsr.functional._side import SideNetwork, SideNetworkHandle, install_side_network
 from lightning_bsr.functional._token_drop import TokenDropHandle, install_token_drop
 from lightning_bsr.functional._tokens import drop_tokens, fuse_tokens, num_kept_tokens
 
 __all__ = [
+    "BiasSelection",
+    "BlockForwardsHandle",
     "BlockSelection",
+    "LoraHandle",
+    "SideNetwork",
+    "SideNetworkHandle",
     "TokenDropHandle",
     "cls_scores",
     "cosine_keep_rate",
     "drop_tokens",
     "fuse_tokens",
+    "install_checkpointing",
+    "install_int8_activations",
+    "install_lora",
+    "install_side_network",
+    "install_sparse_activations",
     "install_token_drop",
     "mean_scores",
     "num_kept_tokens",
     "random_scores",
     "select_blocks_",
+    "train_biases_",
 ]

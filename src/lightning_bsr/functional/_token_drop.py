@@ -8,6 +8,13 @@ from torch import nn
 
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.functional._capture import AttentionCapture
+from lightning_bsr.functional._forward import (
+    BlockForward,
+    forward_chain,
+    insert_forward,
+    replaced_by_others,
+    unwrap_forward,
+)
 from lightning_bsr.functional._scores import cls_scores, mean_scores, random_scores
 from lightning_bsr.functional._tokens import drop_tokens, num_kept_tokens
 from lightning_bsr.vit import BlockSpec, ViTView, find_vit
@@ -15,8 +22,8 @@ from lightning_bsr.vit import BlockSpec, ViTView, find_vit
 Score = Literal["cls", "mean", "random"]
 
 
-class TokenDropForward:
-    """The forward of a block that drops tokens, set on the block as an instance attribute.
+class TokenDropForward(BlockForward):
+    """The forward of a block that drops tokens.
 
     It holds no state of a step, so that a block may run twice (activation checkpointing) and so that modules that
     carry it can be deep-copied, pickled, compiled and exported.
@@ -34,7 +41,7 @@ class TokenDropForward:
         detach: bool,
         normalize: bool,
     ) -> None:
-        self.block = block
+        super().__init__(block)
         self.spec = spec
         self.name = name
         self.num_prefix_tokens = num_prefix_tokens
@@ -49,7 +56,7 @@ class TokenDropForward:
         num_patches = x.shape[1] - self.num_prefix_tokens
         num_kept = num_kept_tokens(num_patches, self.keep_rate)
         if num_kept >= num_patches:
-            return type(self.block).forward(self.block, x, *args, **kwargs)  # type: ignore[no-any-return]
+            return self.call_inner(x, *args, **kwargs)
         capture = AttentionCapture()
         with capture:
             attention = self.spec.attention_branch(self.block, x, *args, **kwargs)
@@ -110,7 +117,7 @@ class TokenDropHandle:
         self.view = view
         self.forwards = forwards
         for forward in forwards.values():
-            forward.block.forward = forward
+            insert_forward(forward)
         if hasattr(view.model, "forward_intermediates") and "forward_intermediates" not in vars(view.model):
             view.model.forward_intermediates = DenseOutputRefused(view.name)  # type: ignore[assignment]
 
@@ -148,9 +155,8 @@ class TokenDropHandle:
     def remove(self) -> None:
         """Give each block its own forward again; a second call does nothing."""
         for forward in self.forwards.values():
-            if vars(forward.block).get("forward") is forward:
-                del forward.block.forward
-        others_drop = any(isinstance(vars(block).get("forward"), TokenDropForward) for block in self.view.blocks)
+            unwrap_forward(forward)
+        others_drop = any(isinstance(f, TokenDropForward) for block in self.view.blocks for f in forward_chain(block))
         if not others_drop and isinstance(vars(self.view.model).get("forward_intermediates"), DenseOutputRefused):
             del self.view.model.forward_intermediates
 
@@ -268,12 +274,11 @@ def _check_score(view: ViTView, score: str) -> None:
 
 def _check_block(view: ViTView, index: int, score: Score) -> None:
     block = view.blocks[index]
-    replaced = vars(block).get("forward")
-    if isinstance(replaced, TokenDropForward):
+    if any(isinstance(forward, TokenDropForward) for forward in forward_chain(block)):
         raise ConfigurationError(f"Block {index} of the {view.name} drops tokens already; remove that first.")
-    if replaced is not None:
+    if (other := replaced_by_others(block)) is not None:
         raise ConfigurationError(
-            f"Block {index} of the {view.name} has its forward replaced by {type(replaced).__name__}; undo that first."
+            f"Block {index} of the {view.name} has its forward replaced by {other}; undo that first."
         )
     attention = getattr(block, view.specs[index].self_attention)
     if score != "random" and not getattr(attention, "fused_attn", True):

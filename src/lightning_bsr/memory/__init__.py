@@ -1,7 +1,30 @@
-"""How many bytes a training step keeps, block by block."""
+"""What a training step keeps and computes, block by block: measured, or planned without computing it."""
 
-from lightning_bsr.memory._measure import measure
+from lightning_bsr.memory._budget import BudgetKind, BudgetPlan, Candidate, fit_budget
+from lightning_bsr.memory._bytes import format_bytes, parse_bytes
+from lightning_bsr.memory._configuration import Configuration
+from lightning_bsr.memory._largest_batch import largest_batch_size
+from lightning_bsr.memory._measure import measure, plan
 from lightning_bsr.memory._recorder import ActivationRecorder
+from lightning_bsr.memory._reference import ReferenceReport, reference_accounting
 from lightning_bsr.memory._report import MIB, BlockReport, Flops, MemoryReport
 
-__all__ = ["MIB", "ActivationRecorder", "BlockReport", "Flops", "MemoryReport", "measure"]
+__all__ = [
+    "MIB",
+    "ActivationRecorder",
+    "BlockReport",
+    "BudgetKind",
+    "BudgetPlan",
+    "Candidate",
+    "Configuration",
+    "Flops",
+    "MemoryReport",
+    "ReferenceReport",
+    "fit_budget",
+    "format_bytes",
+    "largest_batch_size",
+    "measure",
+    "parse_bytes",
+    "plan",
+    "reference_accounting",
+]

@@ -1,0 +1,25 @@
+"""The subcommands beside LightningCLI's own: each is a method of this Trainer, whose signature gives its options."""
+
+import contextlib
+
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_bsr.comparison import CompareCommand
+from lightning_bsr.planning._command import PlanCommand
+from lightning_bsr.planning._configuration import planning_configuration
+
+SUBCOMMANDS = {"compare": {"model", "datamodule"}, "plan": {"model", "datamodule"}}
+"""Each subcommand with the arguments that are no options, as ``LightningCLI.subcommands`` returns them."""
+
+
+class CommandTrainer(PlanCommand, CompareCommand):
+    """A Trainer that can also do what this package's subcommands ask for; the command line makes it."""
+
+
+def instantiating(cli: LightningCLI) -> contextlib.AbstractContextManager[None]:
+    """Give the context in which model, data and Trainer of the subcommand are made.
+
+    Args:
+        cli: A command line that has parsed its arguments.
+    """
+    return planning_configuration(cli) if cli.subcommand == "plan" else contextlib.nullcontext()

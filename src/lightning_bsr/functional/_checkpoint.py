@@ -1,0 +1,82 @@
+"""Recomputes blocks of a ViT in the backward pass instead of keeping their activations."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_bsr.functional._forward import BlockForward
+from lightning_bsr.functional._installed import BlockChoice, BlockForwardsHandle, chosen_blocks
+from lightning_bsr.vit import find_vit
+
+RECOMPUTE_OBSERVERS: list[Callable[[bool], None]] = []
+"""Called with ``True`` when a block begins to be computed again in backward, with ``False`` when that ends."""
+
+
+class RecomputeContext:
+    """Tells the observers when a recomputation begins and ends, also when it ends early by an exception."""
+
+    def __enter__(self) -> None:
+        for observer in RECOMPUTE_OBSERVERS:
+            observer(True)
+
+    def __exit__(self, *exc_info: object) -> None:
+        for observer in RECOMPUTE_OBSERVERS:
+            observer(False)
+
+
+def _contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    return contextlib.nullcontext(), RecomputeContext()
+
+
+class CheckpointForward(BlockForward):
+    """The forward of a block that keeps its input and is computed again in backward."""
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled() or not self._keeps_something(x):
+            return self.call_inner(x, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            # The compiler takes no context of ours.
+            return checkpoint(self.call_inner, x, *args, use_reentrant=False, **kwargs)
+        return checkpoint(self.call_inner, x, *args, use_reentrant=False, context_fn=_contexts, **kwargs)
+
+    def _keeps_something(self, x: torch.Tensor) -> bool:
+        return x.requires_grad or any(p.requires_grad for p in self.block.parameters())
+
+
+def install_checkpointing(
+    module: nn.Module, blocks: BlockChoice = "all", *, vit: str | None = None
+) -> BlockForwardsHandle:
+    """Keep only the inputs of blocks of the ViT in ``module``; backward computes the rest again (arXiv 1604.06174).
+
+    Gradients are exactly what they were; the blocks' forward pass runs twice. Random numbers, such as those of
+    dropout, are the same both times. A block of which backward needs nothing runs as it is. May be combined with
+    :func:`install_token_drop`, in either order.
+
+    Args:
+        module: Any module that holds a ViT.
+        blocks: ``"all"``, or indices of the blocks; negative ones count from the end.
+        vit: Dotted path of the ViT, for when ``module`` holds several.
+
+    Returns:
+        A handle; its ``remove()`` undoes everything.
+
+    Raises:
+        ConfigurationError: If the ViT is not found, ``blocks`` does not fit it, or a block is recomputed already.
+            Nothing has changed then.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("test_vit", num_classes=10)
+        >>> handle = install_checkpointing(model, [0, -1])
+        >>> print(handle)
+        blocks 0, 5 of 6 of the ViT (VisionTransformer) are computed again in backward
+        >>> handle.remove()
+    """
+    view = find_vit(module, vit)
+    indices = chosen_blocks(view, blocks, {CheckpointForward: "is computed again in backward"})
+    forwards = {index: CheckpointForward(view.blocks[index]) for index in indices}
+    return BlockForwardsHandle(view, forwards, "are computed again in backward")
