@@ -7,6 +7,7 @@ from lightning_bsr.callbacks import (
     ActivationMemoryMonitor,
     BlockSelect,
     BlockSelectCallback,
+    LeanActivations,
     TokenDrop,
     TokenDropCallback,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "DigitsDataModule",
     "FineTune",
     "ImageFolderDataModule",
+    "LeanActivations",
     "TokenDrop",
     "TokenDropCallback",
     "ViTClassifier",

@@ -9,7 +9,7 @@ from torch import nn
 import lightning_bsr.models  # noqa: F401  # registers the micro ViT
 from lightning_bsr import ConfigurationError
 from lightning_bsr.functional import install_token_drop, select_blocks_
-from lightning_bsr.functional._forward import BlockForward, unwrap_forward, wrap_forward
+from lightning_bsr.functional._forward import BlockForward, attach_forward, unwrap_forward
 from lightning_bsr.memory._reference import reference_accounting
 from lightning_bsr.memory._report import MIB
 from plain_modules import PlainModule, tiny_vit
@@ -157,7 +157,7 @@ def test_reference_accounting__other_replaced_forwards_stand_aside():
     expected = reference_accounting(model)
     silent = [Silent(model.blocks[1]), Silent(model.blocks[4])]
     for forward in silent:
-        wrap_forward(forward)
+        attach_forward(forward)
     assert reference_accounting(model) == expected
     assert [vars(model.blocks[i])["forward"] for i in (1, 4)] == silent
     assert silent[0].inner is handle.forwards[1]

@@ -4,6 +4,7 @@ from lightning_bsr.functional._bitfit import BiasSelection, train_biases_
 from lightning_bsr.functional._checkpoint import install_checkpointing
 from lightning_bsr.functional._installed import BlockForwardsHandle
 from lightning_bsr.functional._keep_rate import cosine_keep_rate
+from lightning_bsr.functional._lean import HalfPolicies, LeanPolicy, install_lean_activations
 from lightning_bsr.functional._lora import LoraHandle, install_lora
 from lightning_bsr.functional._pack import install_int8_activations, install_sparse_activations
 from lightning_bsr.functional._scores import cls_scores, mean_scores, random_scores
@@ -16,6 +17,8 @@ __all__ = [
     "BiasSelection",
     "BlockForwardsHandle",
     "BlockSelection",
+    "HalfPolicies",
+    "LeanPolicy",
     "LoraHandle",
     "SideNetwork",
     "SideNetworkHandle",
@@ -26,6 +29,7 @@ __all__ = [
     "fuse_tokens",
     "install_checkpointing",
     "install_int8_activations",
+    "install_lean_activations",
     "install_lora",
     "install_side_network",
     "install_sparse_activations",

@@ -1,14 +1,14 @@
 """Recomputes blocks of a ViT in the backward pass instead of keeping their activations."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_bsr.functional._forward import BlockForward
+from lightning_bsr.functional._forward import PACKS, RECOMPUTES, BlockForward, Result
 from lightning_bsr.functional._installed import BlockChoice, BlockForwardsHandle, chosen_blocks
 from lightning_bsr.vit import find_vit
 
@@ -35,16 +35,24 @@ def _contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.Abs
 class CheckpointForward(BlockForward):
     """The forward of a block that keeps its input and is computed again in backward."""
 
-    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not torch.is_grad_enabled() or not self._keeps_something(x):
-            return self.call_inner(x, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            # The compiler takes no context of ours.
-            return checkpoint(self.call_inner, x, *args, use_reentrant=False, **kwargs)
-        return checkpoint(self.call_inner, x, *args, use_reentrant=False, context_fn=_contexts, **kwargs)
+    effects = (RECOMPUTES,)
 
-    def _keeps_something(self, x: torch.Tensor) -> bool:
-        return x.requires_grad or any(p.requires_grad for p in self.block.parameters())
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not needs_backward(x, self.block.parameters()):
+            return self.call_inner(x, *args, **kwargs)
+        return recompute(self.call_inner, x, *args, **kwargs)
+
+
+def needs_backward(x: torch.Tensor, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether backward will need anything of a function of ``x`` and ``parameters``."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
+
+
+def recompute(function: Callable[..., Result], x: torch.Tensor, *args: Any, **kwargs: Any) -> Result:
+    """Run ``function`` so that backward computes it again from its arguments."""
+    # The compiler takes no context of ours.
+    context = {} if torch.compiler.is_compiling() else {"context_fn": _contexts}
+    return checkpoint(function, x, *args, use_reentrant=False, **context, **kwargs)  # type: ignore[no-any-return]  # what the function returns
 
 
 def install_checkpointing(
@@ -65,7 +73,8 @@ def install_checkpointing(
         A handle; its ``remove()`` undoes everything.
 
     Raises:
-        ConfigurationError: If the ViT is not found, ``blocks`` does not fit it, or a block is recomputed already.
+        ConfigurationError: If the ViT is not found, ``blocks`` does not fit it, or a block is recomputed already or
+            packs its activations.
             Nothing has changed then.
 
     Example:
@@ -77,6 +86,6 @@ def install_checkpointing(
         >>> handle.remove()
     """
     view = find_vit(module, vit)
-    indices = chosen_blocks(view, blocks, {CheckpointForward: "is computed again in backward"})
+    indices = chosen_blocks(view, blocks, (RECOMPUTES, PACKS))
     forwards = {index: CheckpointForward(view.blocks[index]) for index in indices}
     return BlockForwardsHandle(view, forwards, "are computed again in backward")

@@ -1,10 +1,17 @@
 """Replaces the forward of a block by an instance attribute; several replacements form a chain."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import nn
+
+Half = Literal["attn", "mlp"]
+RECOMPUTES, PACKS = "is computed again in backward", "packs its activations"
+
+HALF_OBSERVERS: list[Callable[[nn.Module, Half], None]] = []
+"""Each is called with a block and a half of it before something keeps the input of that half."""
+Result = TypeVar("Result")
 
 
 class BlockForward:
@@ -14,9 +21,14 @@ class BlockForward:
     ``state_dict`` keys do not change.
 
     Attributes:
+        rank: Where in a chain such forwards stand: those of a lower rank are around those of a higher one.
+        effects: What the block does with what backward needs, for those that do not go together.
         block: The block whose forward it is.
         inner: The next one in the chain; ``None`` stands for the forward of the block's class.
     """
+
+    rank: ClassVar[int] = 0
+    effects: tuple[str, ...] = ()
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
@@ -31,6 +43,10 @@ class BlockForward:
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the block on tokens ``[B, N, C]``."""
         return self.call_inner(x, *args, **kwargs)
+
+    def run_half(self, half: Half, function: Callable[[torch.Tensor], Result], x: torch.Tensor) -> Result:
+        """Run ``function``, which computes one branch of the block on ``x``, as the forwards further inside want it."""
+        return function(x) if self.inner is None else self.inner.run_half(half, function, x)
 
 
 def forward_chain(block: nn.Module) -> Iterator[BlockForward]:
@@ -47,18 +63,13 @@ def replaced_by_others(block: nn.Module) -> str | None:
     return None if forward is None or isinstance(forward, BlockForward) else type(forward).__name__
 
 
-def wrap_forward(forward: BlockForward) -> None:
-    """Put ``forward`` around everything that its block has now."""
-    forward.inner = next(forward_chain(forward.block), None)
-    forward.block.forward = forward
-
-
-def insert_forward(forward: BlockForward) -> None:
-    """Put ``forward`` inside everything that its block has now."""
-    chain = list(forward_chain(forward.block))
-    if chain:
-        chain[-1].inner = forward
+def attach_forward(forward: BlockForward) -> None:
+    """Put ``forward`` into its block's chain, around all that have its rank or a higher one."""
+    outer = [other for other in forward_chain(forward.block) if other.rank < forward.rank]
+    if outer:
+        forward.inner, outer[-1].inner = outer[-1].inner, forward
     else:
+        forward.inner = next(forward_chain(forward.block), None)
         forward.block.forward = forward
 
 

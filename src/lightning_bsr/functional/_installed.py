@@ -1,6 +1,6 @@
 """What installers that replace the forward of blocks have in common."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from torch import nn
@@ -8,10 +8,10 @@ from torch import nn
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.functional._forward import (
     BlockForward,
+    attach_forward,
     forward_chain,
     replaced_by_others,
     unwrap_forward,
-    wrap_forward,
 )
 from lightning_bsr.vit import ViTView
 
@@ -31,7 +31,7 @@ class BlockForwardsHandle:
         self.forwards = dict(forwards)
         self._effect = effect
         for forward in self.forwards.values():
-            wrap_forward(forward)
+            attach_forward(forward)
 
     def remove(self) -> None:
         """Take the forwards out again; a second call does nothing."""
@@ -45,17 +45,17 @@ class BlockForwardsHandle:
         return f"{which} of the {self.view.name} {self._effect}"
 
 
-def chosen_blocks(view: ViTView, blocks: BlockChoice, taken_by: Mapping[type[BlockForward], str]) -> list[int]:
+def chosen_blocks(view: ViTView, blocks: BlockChoice, refused: Collection[str]) -> list[int]:
     """Turn the user's choice of blocks into sorted positions.
 
     Args:
         view: The ViT.
         blocks: ``"all"``, or block indices; negative ones count from the end.
-        taken_by: Forwards that a chosen block may not have already, and what a block does that has one.
+        refused: Effects that the forwards of a chosen block may not have already.
 
     Raises:
-        ConfigurationError: If the choice does not fit the ViT, or a block's forward is replaced by such a one or by
-            somebody else's.
+        ConfigurationError: If the choice does not fit the ViT, or a block's forward has such an effect or is somebody
+            else's.
     """
     if isinstance(blocks, Sequence) and not isinstance(blocks, str):
         indices = view.block_indices(blocks)
@@ -70,9 +70,9 @@ def chosen_blocks(view: ViTView, blocks: BlockChoice, taken_by: Mapping[type[Blo
                 f"Block {index} of the {view.name} has its forward replaced by {other}; undo that first."
             )
         for forward in forward_chain(block):
-            for kind, does in taken_by.items():
-                if isinstance(forward, kind):
-                    raise ConfigurationError(f"Block {index} of the {view.name} {does} already; remove that first.")
+            for effect in forward.effects:
+                if effect in refused:
+                    raise ConfigurationError(f"Block {index} of the {view.name} {effect} already; remove that first.")
     return indices
 
 

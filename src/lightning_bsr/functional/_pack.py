@@ -4,6 +4,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,8 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.functional._checkpoint import CheckpointForward
-from lightning_bsr.functional._forward import BlockForward
+from lightning_bsr.functional._forward import PACKS, RECOMPUTES, BlockForward, Result
 from lightning_bsr.functional._installed import BlockChoice, BlockForwardsHandle, chosen_blocks
 from lightning_bsr.vit import find_vit
 
@@ -266,22 +266,29 @@ def _unpack(packed: Exact | _Packed) -> torch.Tensor:
 class PackForward(BlockForward):
     """The forward of a block of which backward keeps packed tensors."""
 
+    effects = (PACKS,)
+
     def __init__(self, block: nn.Module, compression: Compression) -> None:
         super().__init__(block)
         self.compression = compression
 
-    # The compiler would choose by itself what is saved, and asks for it back with the strides that it had.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch annotates it not
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return self.call_inner(x, *args, **kwargs)
-        watch = _Watch()
-        packer = _Packer(self.block, self.compression, watch)
-        try:
-            with watch, saved_tensors_hooks(packer.pack, _unpack):
-                return self.call_inner(x, *args, **kwargs)
-        finally:
-            packer.forget()
+        return run_packed(self.block, self.compression, partial(self.call_inner, x, *args, **kwargs))
+
+
+# The compiler would choose by itself what is saved, and asks for it back with the strides that it had.
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch annotates it not
+def run_packed(block: nn.Module, compression: Compression, function: Callable[[], Result]) -> Result:
+    """Run ``function``, which computes ``block`` or a part of it, and hold packed what backward keeps of it."""
+    watch = _Watch()
+    packer = _Packer(block, compression, watch)
+    try:
+        with watch, saved_tensors_hooks(packer.pack, _unpack):
+            return function()
+    finally:
+        packer.forget()
 
 
 def install_int8_activations(
@@ -358,6 +365,5 @@ def _install(
     module: nn.Module, blocks: BlockChoice, vit: str | None, compression: Compression, effect: str
 ) -> BlockForwardsHandle:
     view = find_vit(module, vit)
-    taken = {PackForward: "packs its activations", CheckpointForward: "is computed again in backward"}
-    indices = chosen_blocks(view, blocks, taken)
+    indices = chosen_blocks(view, blocks, (PACKS, RECOMPUTES))
     return BlockForwardsHandle(view, {i: PackForward(view.blocks[i], compression) for i in indices}, effect)

@@ -1,6 +1,7 @@
 """Drops tokens inside chosen blocks of a ViT, between the attention and the MLP."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NoReturn, get_args
 
 import torch
@@ -10,8 +11,8 @@ from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.functional._capture import AttentionCapture
 from lightning_bsr.functional._forward import (
     BlockForward,
+    attach_forward,
     forward_chain,
-    insert_forward,
     replaced_by_others,
     unwrap_forward,
 )
@@ -28,6 +29,8 @@ class TokenDropForward(BlockForward):
     It holds no state of a step, so that a block may run twice (activation checkpointing) and so that modules that
     carry it can be deep-copied, pickled, compiled and exported.
     """
+
+    rank = 1
 
     def __init__(
         self,
@@ -57,19 +60,23 @@ class TokenDropForward(BlockForward):
         num_kept = num_kept_tokens(num_patches, self.keep_rate)
         if num_kept >= num_patches:
             return self.call_inner(x, *args, **kwargs)
-        capture = AttentionCapture()
-        with capture:
-            attention = self.spec.attention_branch(self.block, x, *args, **kwargs)
-        x = x + attention
+
+        def attend(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            capture = AttentionCapture()
+            with capture:
+                attention = self.spec.attention_branch(self.block, x, *args, **kwargs)
+            return attention, self._scores(x, capture)
+
+        attention, scores = self.run_half("attn", attend, x)
         x = drop_tokens(
-            x,
-            self._scores(x, capture),
+            x + attention,
+            scores,
             num_kept,
             num_prefix_tokens=self.num_prefix_tokens,
             fuse=self.fuse,
             normalize=self.normalize,
         )
-        return x + self.spec.mlp_branch(self.block, x)
+        return x + self.run_half("mlp", partial(self.spec.mlp_branch, self.block), x)
 
     def _scores(self, x: torch.Tensor, capture: AttentionCapture) -> torch.Tensor:
         if self.score == "random":
@@ -117,7 +124,7 @@ class TokenDropHandle:
         self.view = view
         self.forwards = forwards
         for forward in forwards.values():
-            insert_forward(forward)
+            attach_forward(forward)
         if hasattr(view.model, "forward_intermediates") and "forward_intermediates" not in vars(view.model):
             view.model.forward_intermediates = DenseOutputRefused(view.name)  # type: ignore[assignment]
 

@@ -2,16 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_bsr.functional._forward import HALF_OBSERVERS, Half
 from lightning_bsr.vit import ViTView
 
 EMBED, HEAD = "embed", "head"
-Half = Literal["attn", "mlp"]
 
 
 class Position:
@@ -61,12 +61,18 @@ class Position:
             first = next((m for m in (getattr(block, part) for part in spec.mlp) if isinstance(m, nn.Module)), None)
             if first is not None:
                 self._handles.append(first.register_forward_pre_hook(_EnterMlp(self, name)))
+        HALF_OBSERVERS.append(self._enter_half)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._enter_half in HALF_OBSERVERS:
+            HALF_OBSERVERS.remove(self._enter_half)
+
+    def _enter_half(self, block: nn.Module, half: Half) -> None:
+        self.half = half
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.functional import install_checkpointing, install_token_drop
-from lightning_bsr.functional._forward import BlockForward, insert_forward, unwrap_forward
+from lightning_bsr.functional._forward import BlockForward, attach_forward, unwrap_forward
 from lightning_bsr.functional._select import Part
 from lightning_bsr.vit import ViTView
 
@@ -129,7 +129,7 @@ class _Replay:
                 _seeded(self._training_loss, batch)
         self._forwards = [_ReplayForward(block, index, self) for index, block in enumerate(self._view.blocks)]
         for forward in self._forwards:
-            insert_forward(forward)
+            attach_forward(forward)
         return self
 
     def __exit__(self, *exc_info: object) -> None:

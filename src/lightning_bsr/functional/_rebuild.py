@@ -1,0 +1,168 @@
+"""Linear layers that keep for backward what their input was made of, instead of the input itself."""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+# Backward keeps the first argument of each, and computing one again takes no matrix product.
+_MADE_BY = frozenset({F.layer_norm, F.rms_norm, F.gelu, F.silu, F.relu})
+
+
+class RebuildLinearInputs(TorchFunctionMode):
+    """While active, a trained linear layer behind a norm or an activation function keeps no input of its own.
+
+    The norm and the activation function keep their inputs anyway, and backward computes their outputs from these again,
+    with the same kernels: gradients are the same to the last bit. Under autocast no linear layer keeps the copy of its
+    weight in the lower precision either; the weight is cast again.
+
+    Example:
+        >>> x = torch.randn(8, 4, requires_grad=True)
+        >>> linear = torch.nn.Linear(4, 2)
+        >>> with RebuildLinearInputs():
+        ...     y = linear(F.gelu(x))
+        >>> gradients = torch.autograd.grad(y.sum(), [x, linear.weight])
+        >>> expected = torch.autograd.grad(linear(F.gelu(x)).sum(), [x, linear.weight])
+        >>> all(map(torch.equal, gradients, expected))
+        True
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, _Made] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            return self._linear(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func in _MADE_BY and out.requires_grad:
+            self._made[id(out)] = _Made.by(out, func, args, kwargs)
+        return out
+
+    def _linear(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        trains = weight.requires_grad
+        if not torch.is_grad_enabled() or not (trains or input.requires_grad) or input.ndim < 2:
+            return F.linear(input, weight, bias)
+        lower = _autocast_dtype(input.device.type)
+        casts = lower is not None and weight.dtype != lower
+        made = self._made.get(id(input)) if trains else None
+        if made is not None and made.is_still(input):
+            recipe = made.recipe
+        elif casts:
+            recipe = None
+            input = input.to(lower)
+        else:
+            return F.linear(input, weight, bias)
+        return _RebuildingLinear.apply(input, weight, bias, recipe)  # type: ignore[no-untyped-call, no-any-return]  # torch has no annotation there
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """A call of a torch function, its tensors apart from the rest."""
+
+    function: Callable[..., torch.Tensor]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, torch.Tensor)]
+
+    def without_tensors(self) -> "_Recipe":
+        def empty(value: Any) -> Any:
+            return _PLACE if isinstance(value, torch.Tensor) else value
+
+        return _Recipe(self.function, tuple(map(empty, self.args)), {k: empty(v) for k, v in self.kwargs.items()})
+
+    def compute(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+        rest = iter(tensors)
+
+        def fill(value: Any) -> Any:
+            return next(rest) if value is _PLACE else value
+
+        args = [fill(value) for value in self.args]
+        return self.function(*args, **{name: fill(value) for name, value in self.kwargs.items()})
+
+
+_PLACE = object()
+
+
+@dataclass(frozen=True)
+class _Made:
+    """How a tensor was made, as long as neither it nor what it was made of has changed since."""
+
+    output: "weakref.ref[torch.Tensor]"
+    recipe: _Recipe
+    versions: tuple[int, ...]
+
+    @classmethod
+    def by(
+        cls, output: torch.Tensor, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> "_Made":
+        recipe = _Recipe(func, args, kwargs)
+        return cls(weakref.ref(output), recipe, _versions(output, recipe))
+
+    def is_still(self, tensor: torch.Tensor) -> bool:
+        return self.output() is tensor and _versions(tensor, self.recipe) == self.versions
+
+
+def _versions(output: torch.Tensor, recipe: _Recipe) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in (output, *recipe.tensors))
+
+
+class _RebuildingLinear(torch.autograd.Function):
+    """``F.linear`` whose backward takes the weight as it is, and its input from a recipe if there is one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        recipe: _Recipe | None,
+    ) -> torch.Tensor:
+        ctx.recipe = recipe.without_tensors() if recipe else None
+        ctx.autocast_dtype = _autocast_dtype(input.device.type)
+        own = [input] if weight.requires_grad else []
+        ctx.save_for_backward(weight, *(recipe.tensors if recipe else own))
+        with _autocast(input.device.type, ctx.autocast_dtype):
+            return F.linear(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch has no annotation there
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight, *kept = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        grad_input = grad_weight = None
+        with _autocast(grad.device.type, ctx.autocast_dtype):
+            if needs_weight:
+                input = ctx.recipe.compute(kept) if ctx.recipe else kept[0]
+                grad_weight = rows.t() @ input.flatten(0, -2)
+                del input
+            if needs_input:
+                grad_input = (rows @ weight).view(*grad.shape[:-1], -1)
+        grad_bias = rows.sum(0) if needs_bias else None
+        return grad_input, grad_weight, grad_bias, None
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def _autocast(device_type: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    # Without the cache: a copy that is made while no gradient is recorded would serve other users of the weight too.
+    return torch.autocast(device_type, dtype, enabled=dtype is not None, cache_enabled=False)

@@ -1,0 +1,90 @@
+import itertools
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from lightning_bsr import ActivationMemoryMonitor, BlockSelect, ConfigurationError, LeanActivations, TokenDrop
+from lightning_bsr.functional._lean import LeanForward
+from plain_modules import BuildsInConfigureModel, PlainModule
+
+
+def weights(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def fit(make_trainer, images, *callbacks, **arguments):
+    module = PlainModule()
+    make_trainer(*callbacks, limit_train_batches=3, **arguments).fit(module, images)
+    assert all("forward" not in vars(block) for block in module.model.blocks)
+    return weights(module)
+
+
+def assert_equal(ours, theirs):
+    for name in theirs:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("policy", ["exact", "recompute"])
+@pytest.mark.parametrize("arguments", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}], ids=str)
+def test_fit__weights_are_equal_bit_for_bit(make_trainer, images, policy, arguments):
+    plain = fit(make_trainer, images, BlockSelect([1, 3]), TokenDrop([1, 3], 0.5), **arguments)
+    ours = [BlockSelect([1, 3]), TokenDrop([1, 3], 0.5), LeanActivations(policy)]
+    assert_equal(fit(make_trainer, images, *ours, **arguments), plain)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_fit__in_any_order_of_the_callbacks(make_trainer, images, order):
+    class Kept(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            assert any(isinstance(block.forward, LeanForward) for block in pl_module.model.blocks)
+            kept.append(trainer.callback_metrics["memory/activations_mib"].item())
+
+    kept = []
+    levers = [BlockSelect([1, 3]), TokenDrop([1, 3], 0.5), LeanActivations()]
+    fit(make_trainer, images, *[levers[index] for index in order], ActivationMemoryMonitor(), Kept())
+    expected = []
+    kept, expected = expected, kept
+    fit(make_trainer, images, *levers, ActivationMemoryMonitor(), Kept())
+    assert kept == expected != []
+
+
+def test_fit__int8_trains(make_trainer, images):
+    before = weights(PlainModule())
+    after = fit(make_trainer, images, BlockSelect([1]), LeanActivations("int8"))
+    assert not torch.equal(before["model.blocks.1.attn.qkv.weight"], after["model.blocks.1.attn.qkv.weight"])
+    assert torch.equal(before["model.blocks.2.attn.qkv.weight"], after["model.blocks.2.attn.qkv.weight"])
+
+
+def test_fit__says_what_it_does(make_trainer, images, infos):
+    make_trainer(LeanActivations({0: "recompute"}), fast_dev_run=True).fit(PlainModule(), images)
+    message = "blocks 0 of 6 of the ViT 'model' (VisionTransformer) keep lean activations (recompute)"
+    assert f"LeanActivations: {message}." in infos
+
+
+def test_fit__of_a_module_that_builds_late(make_trainer, images):
+    class Spy(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.extend(isinstance(block.forward, LeanForward) for block in pl_module.model.blocks)
+
+    seen = []
+    make_trainer(LeanActivations(), Spy(), fast_dev_run=True).fit(BuildsInConfigureModel(), images)
+    assert seen == [True] * 6
+
+
+def test_fit__checks_the_policy(make_trainer, images):
+    module = PlainModule()
+    with pytest.raises(ConfigurationError) as error:
+        make_trainer(LeanActivations({9: "exact"})).fit(module, images)
+    assert str(error.value) == (
+        "policy has 9, but the ViT 'model' (VisionTransformer) has 6 blocks, numbered 0 to 5 or -6 to -1."
+    )
+    assert all("forward" not in vars(block) for block in module.model.blocks)
+
+
+def test_evaluation__attaches_nothing(make_trainer, images):
+    class Spy(Callback):
+        def on_test_start(self, trainer, pl_module):
+            assert all("forward" not in vars(block) for block in pl_module.model.blocks)
+
+    make_trainer(LeanActivations(), Spy()).test(PlainModule(), images, verbose=False)
