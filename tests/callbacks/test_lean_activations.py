@@ -49,6 +49,29 @@ def test_fit__in_any_order_of_the_callbacks(make_trainer, images, order):
     assert kept == expected != []
 
 
+def test_fit__skips_unread_tokens(make_trainer, images, infos):
+    plain = fit(make_trainer, images, BlockSelect([1, 5]))
+    ours = fit(make_trainer, images, LeanActivations(skip_unread=True), BlockSelect([1, 5]))
+    for name in plain:
+        torch.testing.assert_close(ours[name], plain[name], rtol=1e-4, atol=1e-6)
+    vit = "the ViT 'model' (VisionTransformer)"
+    message = (
+        f"all 6 blocks of {vit} keep lean activations (exact); blocks 5 of 6 of {vit} give the prefix tokens alone"
+    )
+    assert f"LeanActivations: {message}." in infos
+
+
+def test_fit__skips_nothing_where_the_head_reads_patch_tokens(make_trainer, images):
+    module = PlainModule(global_pool="avg")
+    with pytest.raises(ConfigurationError) as error:
+        make_trainer(LeanActivations(skip_unread=True)).fit(module, images)
+    assert str(error.value) == (
+        "The ViT 'model' (VisionTransformer) has global_pool='avg', expected 'token': only then does its head read no "
+        "patch tokens of the last block; leave them in."
+    )
+    assert all("forward" not in vars(block) for block in module.model.blocks)
+
+
 def test_fit__int8_trains(make_trainer, images):
     before = weights(PlainModule())
     after = fit(make_trainer, images, BlockSelect([1]), LeanActivations("int8"))

@@ -12,6 +12,7 @@ from lightning_bsr.functional._select import BlockSelection, select_blocks_
 from lightning_bsr.functional._side import SideNetwork, SideNetworkHandle, install_side_network
 from lightning_bsr.functional._token_drop import TokenDropHandle, install_token_drop
 from lightning_bsr.functional._tokens import drop_tokens, fuse_tokens, num_kept_tokens
+from lightning_bsr.functional._unread import install_unread_skip
 
 __all__ = [
     "BiasSelection",
@@ -34,6 +35,7 @@ __all__ = [
     "install_side_network",
     "install_sparse_activations",
     "install_token_drop",
+    "install_unread_skip",
     "mean_scores",
     "num_kept_tokens",
     "random_scores",
