@@ -23,9 +23,8 @@ def cls_scores(q: torch.Tensor, k: torch.Tensor, scale: float, num_prefix_tokens
         >>> cls_scores(q, k, 0.5, num_prefix_tokens=1)
         tensor([[0.2000, 0.2000, 0.2000, 0.2000]])
     """
-    # A matrix product would make a copy of the keys, and keep it for backward.
-    row = (q[:, :, :1] * k).sum(dim=-1) * scale
-    return row.softmax(dim=-1)[:, :, num_prefix_tokens:].mean(dim=1)
+    row = (q[:, :, :1] * scale) @ k.transpose(-2, -1)
+    return row.softmax(dim=-1)[:, :, 0, num_prefix_tokens:].mean(dim=1)
 
 
 def mean_scores(
