@@ -8,6 +8,7 @@ from lightning_bsr.callbacks import (
     BlockSelect,
     BlockSelectCallback,
     LeanActivations,
+    ReleaseGradients,
     TokenDrop,
     TokenDropCallback,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "FineTune",
     "ImageFolderDataModule",
     "LeanActivations",
+    "ReleaseGradients",
     "TokenDrop",
     "TokenDropCallback",
     "ViTClassifier",

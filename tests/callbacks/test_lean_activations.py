@@ -2,10 +2,12 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback
 
 from lightning_bsr import ActivationMemoryMonitor, BlockSelect, ConfigurationError, LeanActivations, TokenDrop
 from lightning_bsr.functional._lean import LeanForward
+from lightning_bsr.memory import measure
 from plain_modules import BuildsInConfigureModel, PlainModule
 
 
@@ -111,3 +113,51 @@ def test_evaluation__attaches_nothing(make_trainer, images):
             assert all("forward" not in vars(block) for block in pl_module.model.blocks)
 
     make_trainer(LeanActivations(), Spy()).test(PlainModule(), images, verbose=False)
+
+
+class Report(Callback):
+    """Measures a step as the run would do it."""
+
+    def on_train_start(self, trainer, pl_module):
+        batch = torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)
+        self.report = measure(pl_module.model, batch[0], loss=lambda out: F.cross_entropy(out, batch[1]))
+
+
+def test_fit__within_a_budget__in_any_order_of_the_callbacks(make_trainer, images, infos):
+    plain = fit(make_trainer, images, BlockSelect([1, 3]), TokenDrop([1, 3], 0.5))
+    bounds = []
+    for policy in ("exact", "recompute"):
+        report = Report()
+        fit(make_trainer, images, BlockSelect([1, 3]), TokenDrop([1, 3], 0.5), LeanActivations(policy), report)
+        bounds.append(report.report.activations_peak)
+    budget = sum(bounds) // 2
+    lean = LeanActivations("recompute", memory_budget=budget, budget_kind="activations")
+    report = Report()
+    ours = fit(make_trainer, images, lean, TokenDrop([1, 3], 0.5), BlockSelect([1, 3]), report)
+    assert bounds[1] < report.report.activations_peak <= budget
+    assert_equal(ours, plain)
+    assert any("LeanActivations: " in message and "exact: " in message for message in infos)
+
+
+def test_fit__of_a_module_that_builds_late__within_a_budget(make_trainer, images):
+    class Spy(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.extend(isinstance(block.forward, LeanForward) for block in pl_module.model.blocks)
+
+    seen = []
+    lean = LeanActivations("recompute", memory_budget="1GiB", skip_unread=True)
+    make_trainer(lean, Spy(), fast_dev_run=True).fit(BuildsInConfigureModel(), images)
+    # The last block's is inside of the one that skips.
+    assert seen == [True] * 5 + [False]
+
+
+def test_constructor__checks_the_budget():
+    with pytest.raises(ConfigurationError) as error:
+        LeanActivations(memory_budget="1GiB")
+    assert str(error.value) == (
+        "LeanActivations was given memory_budget='1GiB' and policy='exact', expected policy='recompute', which a "
+        "budget tells what to compute again."
+    )
+    with pytest.raises(ConfigurationError) as error:
+        LeanActivations("recompute", memory_budget="1GiB", budget_kind="peak")
+    assert str(error.value) == "budget_kind is 'peak', expected one of 'total', 'activations'."

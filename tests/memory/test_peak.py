@@ -17,7 +17,7 @@ BATCH_SIZE = 16
 
 class WithAdamW(PlainModule):
     def __init__(self):
-        super().__init__(embed_dim=64)
+        super().__init__(embed_dim=64, depth=3)
 
     def configure_optimizers(self):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
@@ -103,6 +103,7 @@ def allocated_peak(make_trainer, method, precision, batch_size):
             for method in ("full", "bsr", "checkpoint", "side_network", "int8_activations")
             for precision in ("32-true", "bf16-mixed")
             for batch_size in (1, BATCH_SIZE)
+            if (method, precision, batch_size) != ("bsr", "bf16-mixed", BATCH_SIZE)  # the one above
         ),
     ],
 )

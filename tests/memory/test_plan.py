@@ -62,7 +62,7 @@ def test_plan__is_what_is_measured__micro(method):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("method", PLAIN_METHODS)
 def test_plan__is_what_is_measured__micro_all(method, precision, accumulate):
-    model = timm.create_model("vit_micro_patch4_32", num_classes=10)
+    model = timm.create_model("vit_micro_patch4_32", num_classes=10, depth=4)
     apply_method_(model, method)
     for batch_size in (1, 8):
         images = torch.randn(batch_size, 3, 32, 32)

@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -150,13 +147,10 @@ def test_largest_batch__of_activations(here, capsys):
 
 
 @pytest.mark.slow
-def test_memory_budget__is_kept_by_the_installed_command_and_its_output_trains(here):
-    command = [Path(sys.executable).parent / "lightning-bsr", "plan", "--config", "cfg.yaml"]
+def test_memory_budget__is_kept_and_its_output_trains(here, capfd):
     options = ["--memory-budget", "350KiB", "--budget-kind", "activations", "--probe-batches", "2"]
-    files = ["--output", "plan.yaml", "--plot", "plan.svg", "--json", "-"]
-    done = subprocess.run([*command, *options, *files], cwd=here, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    plan(*options, "--output", "plan.yaml", "--plot", "plan.svg", "--json", "-")
+    found = json.loads(capfd.readouterr().out)
     assert found["report"]["activations_peak"] <= 350 * 1024
     assert found["budget_plan"]["full"]["activations"] > 350 * 1024
     assert found["notes"] == [

@@ -5,7 +5,14 @@ from lightning.pytorch import Callback
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_bsr import BlockSelect, ConfigurationError, FineTune, TokenDrop
+from lightning_bsr import (
+    BlockSelect,
+    ConfigurationError,
+    FineTune,
+    LeanActivations,
+    ReleaseGradients,
+    TokenDrop,
+)
 from lightning_bsr.memory import plan
 from lightning_bsr.planning import FitPlanner, plan_fit
 from plain_modules import BuildsInConfigureModel, BuildsInSetup, ManualOptimization, PlainModule
@@ -83,6 +90,16 @@ def test_plan_fit__is_the_plan_of_the_module_and_its_optimizer(images):
     expected = own_plan(module.model, optimizer=module.configure_optimizers())
     assert plan_fit(module, images, **CPU) == expected
     assert expected.batch_size == 4
+
+
+def test_plan_fit__of_a_lean_step_with_released_gradients(images):
+    ordinary = plan_fit(PlainModule(), images, [BlockSelect([1, 3])], **CPU)
+    levers = [ReleaseGradients(), LeanActivations("recompute"), BlockSelect([1, 3])]
+    planned, measured = plan_fit(PlainModule(), images, levers, also_measure=True, **CPU)
+    assert planned == measured
+    assert planned.gradients < ordinary.gradients
+    assert planned.activations < ordinary.activations
+    assert planned.peak < ordinary.peak
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -44,12 +45,12 @@ class AttachingCallback(Callback):
                 "LightningModule; import module and Trainer from lightning.pytorch, not from pytorch_lightning."
             )
 
-        def attach() -> None:
-            self._handle = self.attach(trainer, pl_module)
-            rank_zero_info(f"{type(self).__name__}: {self._handle}.")
-
         if stage in self.stages:
-            _when_built(pl_module, attach)
+            _when_built(pl_module, partial(self._attach, trainer, pl_module))
+
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._handle = self.attach(trainer, pl_module)
+        rank_zero_info(f"{type(self).__name__}: {self._handle}.")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

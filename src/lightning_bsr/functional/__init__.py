@@ -7,6 +7,7 @@ from lightning_bsr.functional._keep_rate import cosine_keep_rate
 from lightning_bsr.functional._lean import HalfPolicies, LeanPolicy, install_lean_activations
 from lightning_bsr.functional._lora import LoraHandle, install_lora
 from lightning_bsr.functional._pack import install_int8_activations, install_sparse_activations
+from lightning_bsr.functional._release import ReleasedGradients, release_gradients_
 from lightning_bsr.functional._scores import cls_scores, mean_scores, random_scores
 from lightning_bsr.functional._select import BlockSelection, select_blocks_
 from lightning_bsr.functional._side import SideNetwork, SideNetworkHandle, install_side_network
@@ -21,6 +22,7 @@ __all__ = [
     "HalfPolicies",
     "LeanPolicy",
     "LoraHandle",
+    "ReleasedGradients",
     "SideNetwork",
     "SideNetworkHandle",
     "TokenDropHandle",
@@ -39,6 +41,7 @@ __all__ = [
     "mean_scores",
     "num_kept_tokens",
     "random_scores",
+    "release_gradients_",
     "select_blocks_",
     "train_biases_",
 ]

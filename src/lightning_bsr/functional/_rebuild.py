@@ -66,7 +66,7 @@ class RebuildLinearInputs(TorchFunctionMode):
             input = input.to(lower)
         else:
             return F.linear(input, weight, bias)
-        return _RebuildingLinear.apply(input, weight, bias, recipe)  # type: ignore[no-untyped-call, no-any-return]  # torch has no annotation there
+        return _RebuildingLinear.apply(input, weight, bias, recipe)
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class _RebuildingLinear(torch.autograd.Function):
             return F.linear(input, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch has no annotation there
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight, *kept = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad

@@ -4,6 +4,7 @@ from lightning_bsr.memory._budget import BudgetKind, BudgetPlan, Candidate, fit_
 from lightning_bsr.memory._bytes import format_bytes, parse_bytes
 from lightning_bsr.memory._configuration import Configuration
 from lightning_bsr.memory._largest_batch import largest_batch_size
+from lightning_bsr.memory._lean_points import LeanPolicies, fit_lean
 from lightning_bsr.memory._measure import measure, plan
 from lightning_bsr.memory._recorder import ActivationRecorder
 from lightning_bsr.memory._reference import ReferenceReport, reference_accounting
@@ -18,9 +19,11 @@ __all__ = [
     "Candidate",
     "Configuration",
     "Flops",
+    "LeanPolicies",
     "MemoryReport",
     "ReferenceReport",
     "fit_budget",
+    "fit_lean",
     "format_bytes",
     "largest_batch_size",
     "measure",

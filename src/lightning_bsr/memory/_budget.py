@@ -79,7 +79,7 @@ class BudgetPlan:
         assert full.peak is not None
         assert full.flops is not None
         table = Table(
-            title=f"What {format_bytes(self.budget)} of {_NAMES[self.kind]} can buy",
+            title=f"What {format_bytes(self.budget)} of {BUDGETED[self.kind]} can buy",
             caption=f"chosen: {self.choice}\nfull fine-tuning: activations {format_bytes(full.activations)}, "
             f"peak {format_bytes(full.peak)}; the least that any choice needs: {format_bytes(self.least)}",
         )
@@ -119,7 +119,7 @@ class BudgetPlan:
         }
 
 
-_NAMES: dict[BudgetKind, str] = {"total": "memory", "activations": "activations"}
+BUDGETED: dict[BudgetKind, str] = {"total": "memory", "activations": "activations"}
 
 
 def fit_budget(
@@ -228,8 +228,8 @@ def fit_budget(
     least_bytes = bytes_of(search.plan(least))
     if least_bytes > limit:
         raise ConfigurationError(
-            f"budget is {format_bytes(limit)} of {_NAMES[kind]}, but the least that fine-tuning the {view.name} can do "
-            f"with is {format_bytes(least_bytes)} ({least}); give more, or a smaller batch."
+            f"budget is {format_bytes(limit)} of {BUDGETED[kind]}, but the least that fine-tuning the {view.name} can "
+            f"do with is {format_bytes(least_bytes)} ({least}); give more, or a smaller batch."
         )
     found = search.best_that_fits(limit, _THRIFT)
     choice, worth = (found.configuration, found.worth) if found else (least, 0.0)

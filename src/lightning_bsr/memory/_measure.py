@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.memory._kernels import KernelWatch, LayerNormStatistics
+from lightning_bsr.memory._optimizer import alone_temporaries
 from lightning_bsr.memory._report import MemoryReport
 from lightning_bsr.memory._step import Precision, Step
 from lightning_bsr.vit import find_vit
@@ -24,6 +26,7 @@ def measure(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = (),
     precision: Precision = "32-true",
     accumulate: bool = False,
+    release_gradients: bool = False,
     vit: str | None = None,
 ) -> MemoryReport:
     """Run one forward and backward pass of ``module`` and report what it kept and computed.
@@ -43,13 +46,17 @@ def measure(
         optimizer: Whose state and temporaries are counted; one, or several.
         precision: As the Trainer's; for ``"16-true"`` and ``"bf16-true"`` the module must have that dtype already.
         accumulate: Whether gradients are accumulated over several batches, so that they are alive all the time.
+        release_gradients: Whether the optimizer steps each parameter as soon as its gradient is there, as after
+            :func:`lightning_bsr.functional.release_gradients_`; the report's ``gradients`` are then the most bytes of
+            them at one moment.
         vit: Dotted path of the ViT, for when ``module`` holds several.
 
     Returns:
         Bytes and floating-point operations of the whole batch.
 
     Raises:
-        ConfigurationError: If the ViT is not found, or ``precision`` is unknown.
+        ConfigurationError: If the ViT is not found, ``precision`` is unknown, or ``release_gradients`` is given
+            without an optimizer or with ``accumulate``.
 
     Example:
         >>> import timm
@@ -59,8 +66,7 @@ def measure(
         >>> report.flops.backward > report.flops.forward
         True
     """
-    _check_precision(precision)
-    step = Step(module, find_vit(module, vit), forward or module, loss, _several(optimizer), precision, accumulate)
+    step = _step(module, forward, loss, _several(optimizer), precision, accumulate, release_gradients, vit)
     with torch.random.fork_rng(), _gradients_set_aside(module):
         return step.run(inputs, KernelWatch())
 
@@ -74,6 +80,7 @@ def plan(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = (),
     precision: Precision = "32-true",
     accumulate: bool = False,
+    release_gradients: bool = False,
     vit: str | None = None,
 ) -> MemoryReport:
     """Report what one training step of ``module`` would keep and compute, without computing it.
@@ -92,6 +99,9 @@ def plan(
         optimizer: Whose state and temporaries are counted; one, or several.
         precision: As the Trainer's.
         accumulate: Whether gradients are accumulated over several batches, so that they are alive all the time.
+        release_gradients: Whether the optimizer steps each parameter as soon as its gradient is there, as after
+            :func:`lightning_bsr.functional.release_gradients_`; the report's ``gradients`` are then the most bytes of
+            them at one moment.
         vit: Dotted path of the ViT, for when ``module`` holds several.
 
     Returns:
@@ -99,7 +109,8 @@ def plan(
         run than the one planned with.
 
     Raises:
-        ConfigurationError: If the ViT is not found, ``precision`` is unknown, or ``batch_size`` is below 1.
+        ConfigurationError: If the ViT is not found, ``precision`` is unknown, ``batch_size`` is below 1, or
+            ``release_gradients`` is given without an optimizer or with ``accumulate``.
 
     Example:
         >>> import timm
@@ -107,10 +118,9 @@ def plan(
         >>> f"{report.activations / 2**30:.1f} GiB"
         '9.7 GiB'
     """
-    _check_precision(precision)
     if batch_size is not None and batch_size < 1:
         raise ConfigurationError(f"batch_size is {batch_size}, expected 1 or more.")
-    step = Step(module, find_vit(module, vit), forward or module, loss, _several(optimizer), precision, accumulate)
+    step = _step(module, forward, loss, _several(optimizer), precision, accumulate, release_gradients, vit)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     device = next(module.parameters()).device
     floats = step.dtype if precision.endswith("true") else None
@@ -139,6 +149,33 @@ def plan(
         report: MemoryReport = torch.func.functional_call(call, weights, fakes)
     notes = watch.differences()
     return report.with_notes(notes) if notes else report
+
+
+def _step(
+    module: nn.Module,
+    forward: Callable[..., Any] | None,
+    loss: Callable[[Any], torch.Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    precision: Precision,
+    accumulate: bool,
+    release_gradients: bool,
+    vit: str | None,
+) -> Step:
+    if precision not in get_args(Precision):
+        raise ConfigurationError(
+            f"precision is {precision!r}, expected one of {', '.join(map(repr, get_args(Precision)))}."
+        )
+    if release_gradients and (accumulate or not optimizers):
+        raise ConfigurationError(
+            f"release_gradients is True with accumulate={accumulate} and {len(optimizers)} optimizers, expected no "
+            "accumulation and at least one optimizer to release gradients into."
+        )
+    step = Step(module, find_vit(module, vit), forward or module, loss, optimizers, precision, accumulate, {})
+    if not release_gradients:
+        return step
+    costs = {key: cost for o in optimizers for key, cost in alone_temporaries(o, step.weight_dtype).items()}
+    released = {name: costs[id(p)] for name, p in module.named_parameters() if p.requires_grad and id(p) in costs}
+    return replace(step, released=released)
 
 
 class _Inside(nn.Module):
@@ -175,10 +212,3 @@ def _is_shape(value: object) -> bool:
 
 def _shape_to_tensor(value: Any) -> Any:
     return torch.empty(value, device="meta") if _is_shape(value) else value
-
-
-def _check_precision(precision: str) -> None:
-    if precision not in get_args(Precision):
-        raise ConfigurationError(
-            f"precision is {precision!r}, expected one of {', '.join(map(repr, get_args(Precision)))}."
-        )

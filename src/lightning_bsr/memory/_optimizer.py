@@ -40,6 +40,37 @@ def optimizers_cost(
     return OptimizerCost(sum(cost.state for cost in known), max(cost.temporaries for cost in known))
 
 
+def alone_temporaries(optimizer: torch.optim.Optimizer, dtype: torch.dtype | None = None) -> dict[int, int]:
+    """Find out what ``optimizer`` needs to step each parameter by itself; it is not touched.
+
+    Args:
+        optimizer: As for :func:`optimizer_cost`.
+        dtype: As for :func:`optimizer_cost`.
+
+    Returns:
+        The most bytes beside parameters, gradients and state, by the ``id`` of each parameter that trains; 0 where it
+        is not known.
+
+    Example:
+        >>> linear = nn.Linear(256, 128)
+        >>> list(alone_temporaries(torch.optim.AdamW(linear.parameters())).values())  # twice the parameter
+        [262144, 1024]
+    """
+    found: dict[int, int] = {}
+    known: dict[tuple[object, ...], int] = {}
+    alone = copy.copy(optimizer)
+    for index, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                alike = index, parameter.shape, parameter.dtype, parameter.device
+                if alike not in known:
+                    alone.param_groups = [{**group, "params": [parameter]}]
+                    cost = optimizer_cost(alone, dtype)
+                    known[alike] = cost.temporaries if cost else 0
+                found[id(parameter)] = known[alike]
+    return found
+
+
 def optimizer_cost(optimizer: torch.optim.Optimizer, dtype: torch.dtype | None = None) -> OptimizerCost | None:
     """Find out the memory of ``optimizer``; it is not touched.
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from lightning_bsr.functional._forward import Half
 from lightning_bsr.functional._pack import PACK_OBSERVERS
 from lightning_bsr.memory._live import StepTracker
-from lightning_bsr.memory._position import EMBED, HEAD, Half, Position
+from lightning_bsr.memory._position import EMBED, HEAD, Position
 from lightning_bsr.memory._report import BlockReport, MemoryReport
 from lightning_bsr.vit import ViTView
 

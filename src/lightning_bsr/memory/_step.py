@@ -1,7 +1,7 @@
 """Runs a training step under observation."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_bsr.functional._checkpoint import RECOMPUTE_OBSERVERS
+from lightning_bsr.functional._release import releases_suspended
 from lightning_bsr.memory._kernels import KernelWatch
 from lightning_bsr.memory._live import Peak, StepTracker
 from lightning_bsr.memory._optimizer import OptimizerCost, optimizers_cost
@@ -26,7 +27,19 @@ AUTOCAST = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Step:
-    """What a step runs; the same on real and on fake tensors."""
+    """What a step runs; the same on real and on fake tensors.
+
+    Attributes:
+        module: Holds the ViT.
+        view: The ViT.
+        forward: What is called with the inputs.
+        loss: From the output to a scalar.
+        optimizers: Whose state and temporaries are counted.
+        precision: As the Trainer's.
+        accumulate: Whether gradients are alive all the time.
+        released: By name, the parameters that are stepped as soon as their gradients are there, and the bytes that this
+            needs for each.
+    """
 
     module: nn.Module
     view: ViTView
@@ -35,6 +48,7 @@ class Step:
     optimizers: Sequence[torch.optim.Optimizer]
     precision: Precision
     accumulate: bool
+    released: Mapping[str, int]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -51,17 +65,25 @@ class Step:
         recorder = ActivationRecorder(self.module, self.view, tracker=tracker)
         tracker.position = recorder.position
         trained = [p for p in self.module.parameters() if p.requires_grad]
-        gradients = sum(p.nbytes for p in trained)
-        optimizer = optimizers_cost(self.optimizers, self._weight_dtype())
+        released = {id(p): self.released[name] for name, p in self.module.named_parameters() if name in self.released}
+        gradients = sum(p.nbytes for p in trained if id(p) not in released)
+        most_gradients = gradients
+        optimizer = optimizers_cost(self.optimizers, self.weight_dtype)
 
         def note_gradient(parameter: torch.Tensor) -> None:
+            nonlocal most_gradients
             assert parameter.grad is not None
             tracker.hold([parameter.grad], "gradients")
+            if id(parameter) in released:
+                most_gradients = max(most_gradients, tracker.bytes["gradients"])
+                tracker.hold_phantom(released[id(parameter)], "temporaries")
+                tracker.hold_phantom(-released[id(parameter)], "temporaries")
+                parameter.grad = None
 
         hooks = [p.register_post_accumulate_grad_hook(note_gradient) for p in trained]
         RECOMPUTE_OBSERVERS.append(tracker.recompute)
         try:
-            with tracker, recorder:
+            with releases_suspended(), tracker, recorder:
                 tracker.hold(self.module.parameters(), "parameters")
                 tracker.hold(self.module.buffers(), "buffers")
                 tracker.hold((t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)), "inputs")
@@ -86,7 +108,8 @@ class Step:
             for hook in hooks:
                 hook.remove()
         inputs_bytes = sum(t.nbytes for t in tree_leaves(inputs) if isinstance(t, torch.Tensor))
-        peak = _with_optimizer(tracker, gradients, inputs_bytes, optimizer)
+        peak = tracker.peak if released else _with_optimizer(tracker, gradients, inputs_bytes, optimizer)
+        report = replace(report, gradients=most_gradients)
         return self._complete(report, tracker, peak, optimizer, watch, inputs)
 
     def _complete(
@@ -127,7 +150,9 @@ class Step:
         # Lightning's autocast makes the copy of a weight anew for each use.
         return torch.autocast(device.type, dtype, cache_enabled=False) if dtype else contextlib.nullcontext()
 
-    def _weight_dtype(self) -> torch.dtype | None:
+    @property
+    def weight_dtype(self) -> torch.dtype | None:
+        """The dtype of all weights, if the precision gives them one."""
         return self.dtype if self.precision in ("16-true", "bf16-true") else None
 
 

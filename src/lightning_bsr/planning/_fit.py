@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from lightning_bsr.callbacks._attach import AttachingCallback
 from lightning_bsr.callbacks._training_step import first_batches, optimizers_over_all, quiet_training_step
+from lightning_bsr.callbacks.release_gradients import releases_gradients
 from lightning_bsr.memory import BudgetPlan, MemoryReport, fit_budget, measure, plan
 
 T = TypeVar("T")
@@ -35,12 +36,12 @@ class FitStep:
             ConfigurationError: If the module's training step cannot run on fake tensors, or optimizes by itself.
         """
         with quiet_training_step(self.module) as training_step:
-            return plan(self.module, self.batch, batch_size=batch_size, **self._options(training_step, vit))
+            return plan(self.module, self.batch, batch_size=batch_size, **self._step_options(training_step, vit))
 
     def measure(self, vit: str | None = None) -> MemoryReport:
         """Measure the step on the real batch."""
         with quiet_training_step(self.module) as training_step:
-            return measure(self.module, self.batch, **self._options(training_step, vit))
+            return measure(self.module, self.batch, **self._step_options(training_step, vit))
 
     def first_batches(self, count: int) -> list[Any]:
         """Load the first ``count`` training batches, or as many as there are, to the module's device."""
@@ -62,6 +63,9 @@ class FitStep:
             optimizers = optimizers_over_all(self.module)
             options = {**self._options(training_step, options.get("vit")), "optimizer": optimizers, **options}
             return fit_budget(self.module, batches, budget, **options)
+
+    def _step_options(self, training_step: Callable[[Any], Any], vit: str | None) -> dict[str, Any]:
+        return {**self._options(training_step, vit), "release_gradients": releases_gradients(self.trainer)}
 
     def _options(self, training_step: Callable[[Any], Any], vit: str | None) -> dict[str, Any]:
         return {
