@@ -66,7 +66,8 @@ class RebuildLinearInputs(TorchFunctionMode):
             input = input.to(lower)
         else:
             return F.linear(input, weight, bias)
-        return _RebuildingLinear.apply(input, weight, bias, recipe)
+        out: torch.Tensor = _RebuildingLinear.apply(input, weight, bias, recipe)
+        return out
 
 
 @dataclass(frozen=True)
