@@ -24,6 +24,8 @@ class AttachingCallback(Callback):
     """Attaches once the module is built, before the strategy wraps it, and detaches however the run ends."""
 
     stages: tuple[str, ...] = ("fit", "validate", "test", "predict")
+    late = False
+    """Whether it attaches after all others, when the fit starts; it then detaches before them."""
 
     def __init__(self) -> None:
         self._handle: Handle | None = None
@@ -54,10 +56,16 @@ class AttachingCallback(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._detach(pl_module)
+        self._detach_in_order(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._detach_in_order(trainer, pl_module)
+
+    def _detach_in_order(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by one of the Trainer's connectors
+            if isinstance(callback, AttachingCallback) and callback.late:
+                callback._detach(pl_module)
         self._detach(pl_module)
 
     def _detach(self, pl_module: LightningModule) -> None:

@@ -7,6 +7,7 @@ from lightning_bsr.functional._keep_rate import cosine_keep_rate
 from lightning_bsr.functional._lean import HalfPolicies, LeanPolicy, install_lean_activations
 from lightning_bsr.functional._lora import LoraHandle, install_lora
 from lightning_bsr.functional._pack import install_int8_activations, install_sparse_activations
+from lightning_bsr.functional._quantize import QuantizedHandle, quantize_frozen_
 from lightning_bsr.functional._release import ReleasedGradients, release_gradients_
 from lightning_bsr.functional._scores import cls_scores, mean_scores, random_scores
 from lightning_bsr.functional._select import BlockSelection, select_blocks_
@@ -22,6 +23,7 @@ __all__ = [
     "HalfPolicies",
     "LeanPolicy",
     "LoraHandle",
+    "QuantizedHandle",
     "ReleasedGradients",
     "SideNetwork",
     "SideNetworkHandle",
@@ -40,6 +42,7 @@ __all__ = [
     "install_unread_skip",
     "mean_scores",
     "num_kept_tokens",
+    "quantize_frozen_",
     "random_scores",
     "release_gradients_",
     "select_blocks_",

@@ -192,7 +192,9 @@ class _Packer:
         self._watch = watch
         tensors = [*block.parameters(), *block.buffers()]
         self._own = {t.untyped_storage()._cdata for t in tensors}
-        self._weights = {(shape, t.dtype) for t in tensors for shape in (t.shape, t.shape[::-1])}
+        self._weights = {
+            (shape, t.dtype) for t in tensors if t.is_floating_point() for shape in (t.shape, t.shape[::-1])
+        }
         # The keys have addresses of storages; one whose storage has died may be given to another, so each is checked.
         self._packed: dict[tuple[object, ...], tuple[weakref.ref[torch.UntypedStorage], Rows]] = {}
         self._left: dict[int, weakref.ref[torch.UntypedStorage]] = {}

@@ -1,6 +1,6 @@
 """Chooses which blocks of a ViT train, and freezes the rest of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, cast, get_args
 
 from torch import nn
@@ -40,8 +40,10 @@ class BlockSelection:
 
     def remove(self) -> None:
         """Put back each parameter's ``requires_grad`` and each module's mode; a second call does nothing."""
-        if vars(self.view.model).pop(_MARK, None) is None:
+        if _MARK not in vars(self.view.model):
             return
+        _check_floats(self.view, (name for name, trains in self._requires_grad.items() if trains))
+        delattr(self.view.model, _MARK)
         for name, parameter in self.view.model.named_parameters():
             if name in self._requires_grad:
                 parameter.requires_grad_(self._requires_grad[name])
@@ -111,6 +113,7 @@ def select_blocks_(
     }
     for after in (*(view.norms if norm else ()), *(view.heads if head else ())):
         trained.update(map(id, after.parameters()))
+    _check_floats(view, (name for name, p in view.model.named_parameters() if id(p) in trained))
     for parameter in view.model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
     for part in (*view.model.children(), *view.blocks):
@@ -134,6 +137,16 @@ def _resolve(view: ViTView, blocks: Blocks) -> dict[int, tuple[Part, ...]]:
         view.block_indices(blocks)
         return dict(sorted((indices[index], _parts(index, blocks[index])) for index in blocks))
     return dict.fromkeys(view.block_indices(blocks), get_args(Part))
+
+
+def _check_floats(view: ViTView, to_train: Iterable[str]) -> None:
+    parameters = dict(view.model.named_parameters())
+    for name in to_train:
+        if name in parameters and not parameters[name].is_floating_point():
+            raise ConfigurationError(
+                f"{name!r} of the {view.name} is to train, but holds {parameters[name].dtype}; undo first what made "
+                "it so."
+            )
 
 
 def _evenly_spaced(view: ViTView, count: int) -> list[int]:

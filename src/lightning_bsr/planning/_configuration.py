@@ -12,7 +12,13 @@ from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_bsr._cli_configuration import fit_configuration
-from lightning_bsr.callbacks import ActivationCheckpoint, ActivationMemoryMonitor, BlockSelect, TokenDrop
+from lightning_bsr.callbacks import (
+    ActivationCheckpoint,
+    ActivationMemoryMonitor,
+    BlockSelect,
+    QuantizeFrozen,
+    TokenDrop,
+)
 from lightning_bsr.methods import FineTune
 from lightning_bsr.planning._settings import PlanSettings
 
@@ -48,7 +54,8 @@ def planning_configuration(cli: LightningCLI) -> Iterator[None]:
     logger = {"class_path": "lightning.pytorch.loggers.logger.DummyLogger", "init_args": {}}
     quiet = given.clone()
     quiet.update(dict_to_namespace({**_QUIET, "logger": logger, "devices": _one_device(given["devices"])}))
-    leave_out = _WRITES_OR_PRINTS + (_CHOSEN if settings.chooses else ())
+    # What is frozen is not known before the choice.
+    leave_out = _WRITES_OR_PRINTS + ((*_CHOSEN, QuantizeFrozen) if settings.chooses else ())
     quiet["callbacks"] = [entry for entry in _listed(given["callbacks"]) if not _is_a(entry, leave_out)]
     section["trainer"], cli.save_config_callback = quiet, None
     try:
