@@ -21,7 +21,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import lightning_bsr.models  # noqa: F401 - registers the micro ViT with timm
-from lightning_bsr.functional import install_token_drop, select_blocks_
+from lightning_bsr.functional import (
+    LeanPolicy,
+    install_lean_activations,
+    install_token_drop,
+    install_unread_skip,
+    quantize_frozen_,
+    select_blocks_,
+)
 from lightning_bsr.memory import MIB, measure
 from plain_bsr import plain_bsr
 
@@ -29,11 +36,24 @@ CLASSES = 10
 YARDSTICK = "BSR 3,7,11 / 3,6,9 @ 0.5, plain module"
 
 
-def _model(name: str, blocks: list[int] | int, drop: list[int] | None = None) -> nn.Module:
+def _model(
+    name: str,
+    blocks: list[int] | int,
+    drop: list[int] | None = None,
+    lean: LeanPolicy | None = None,
+    skip_unread: bool = False,
+    quantize: bool = False,
+) -> nn.Module:
     model = timm.create_model(name, num_classes=CLASSES)
     select_blocks_(model, blocks)
     if drop:
         install_token_drop(model, drop, 0.5)
+    if lean:
+        install_lean_activations(model, lean)
+    if skip_unread:
+        install_unread_skip(model)
+    if quantize:
+        quantize_frozen_(model)
     return model
 
 
@@ -43,7 +63,13 @@ METHODS: dict[str, Callable[[str], nn.Module]] = {
     "blocks 3,7,11, no drop": lambda name: _model(name, [3, 7, 11]),
     YARDSTICK: lambda name: plain_bsr(name, CLASSES, [3, 7, 11], [3, 6, 9], 0.5),
     "BSR 3,7,11 / 3,6,9 @ 0.5, lightning-bsr": lambda name: _model(name, [3, 7, 11], [3, 6, 9]),
+    "- exact": lambda name: _model(name, [3, 7, 11], [3, 6, 9], "exact"),
+    "- exact, skip_unread": lambda name: _model(name, [3, 7, 11], [3, 6, 9], "exact", skip_unread=True),
+    "- recompute": lambda name: _model(name, [3, 7, 11], [3, 6, 9], "recompute"),
+    "- int8 activations": lambda name: _model(name, [3, 7, 11], [3, 6, 9], "int8"),
+    "- int8 frozen weights": lambda name: _model(name, [3, 7, 11], [3, 6, 9], quantize=True),
     "BSR 3,7,11 / 2,5,8 @ 0.5, lightning-bsr": lambda name: _model(name, [3, 7, 11], [2, 5, 8]),
+    "- exact, skip_unread, 2,5,8": lambda name: _model(name, [3, 7, 11], [2, 5, 8], "exact", skip_unread=True),
 }
 
 
@@ -81,6 +107,7 @@ def main() -> None:
         assert report.flops is not None
         rows[method] = {
             "activations_bytes_per_image": report.activations / args.batch_size,
+            "activations_peak_bytes_per_image": report.activations_peak / args.batch_size,
             "flops_per_image": sum(report.flops) / args.batch_size,
         }
         trained = [p for p in models[method].parameters() if p.requires_grad]
@@ -103,11 +130,15 @@ def main() -> None:
         f"{args.model}, batch {args.batch_size}, fp32, torch {torch.__version__}, {device_name}, "
         f"{torch.get_num_threads()} threads\n"
     )
-    print("| method | activations, MiB / image | GFLOP / image | ms / image | time, ratio to the plain module |")
-    print("|---|---|---|---|---|")
+    print(
+        "| method | activations, MiB / image | at most, MiB / image | GFLOP / image | ms / image | "
+        "time, ratio to the plain module |"
+    )
+    print("|---|---|---|---|---|---|")
     for method, row in rows.items():
         print(
-            f"| {method} | {row['activations_bytes_per_image'] / MIB:.2f} | {row['flops_per_image'] / 1e9:.1f} | "
+            f"| {method} | {row['activations_bytes_per_image'] / MIB:.2f} | "
+            f"{row['activations_peak_bytes_per_image'] / MIB:.2f} | {row['flops_per_image'] / 1e9:.1f} | "
             f"{row['seconds_per_image'] * 1e3:.0f} | {row['ratio_to_plain']:.2f} |"
         )
     if args.output:

@@ -150,11 +150,11 @@ def test_gradient_checkpointing__same_gradients(reentrant, images, monkeypatch):
 
 @pytest.mark.slow
 def test_compile__fullgraph_before_and_after(images):
-    model = tiny_vit()
+    model = tiny_vit(depth=3)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     plain = model(images)
     torch.testing.assert_close(compiled(images), plain)
-    handle = install_token_drop(compiled, [1, 3], 0.5)
+    handle = install_token_drop(compiled, [0, 2], 0.5)
     torch.testing.assert_close(compiled(images), model(images))
     handle.remove()
     torch.testing.assert_close(compiled(images), plain)

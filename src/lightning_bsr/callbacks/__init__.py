@@ -4,6 +4,7 @@ from lightning_bsr.callbacks.activation_checkpoint import ActivationCheckpoint
 from lightning_bsr.callbacks.activation_memory_monitor import ActivationMemoryMonitor
 from lightning_bsr.callbacks.block_select import BlockSelect, BlockSelectCallback
 from lightning_bsr.callbacks.lean_activations import LeanActivations
+from lightning_bsr.callbacks.prefix_cache import PrefixCache
 from lightning_bsr.callbacks.quantize_frozen import QuantizeFrozen
 from lightning_bsr.callbacks.release_gradients import ReleaseGradients
 from lightning_bsr.callbacks.token_drop import TokenDrop, TokenDropCallback
@@ -14,6 +15,7 @@ __all__ = [
     "BlockSelect",
     "BlockSelectCallback",
     "LeanActivations",
+    "PrefixCache",
     "QuantizeFrozen",
     "ReleaseGradients",
     "TokenDrop",

@@ -7,6 +7,7 @@ from lightning_bsr.functional._keep_rate import cosine_keep_rate
 from lightning_bsr.functional._lean import HalfPolicies, LeanPolicy, install_lean_activations
 from lightning_bsr.functional._lora import LoraHandle, install_lora
 from lightning_bsr.functional._pack import install_int8_activations, install_sparse_activations
+from lightning_bsr.functional._prefix import PrefixCacheHandle, install_prefix_cache
 from lightning_bsr.functional._quantize import QuantizedHandle, quantize_frozen_
 from lightning_bsr.functional._release import ReleasedGradients, release_gradients_
 from lightning_bsr.functional._scores import cls_scores, mean_scores, random_scores
@@ -23,6 +24,7 @@ __all__ = [
     "HalfPolicies",
     "LeanPolicy",
     "LoraHandle",
+    "PrefixCacheHandle",
     "QuantizedHandle",
     "ReleasedGradients",
     "SideNetwork",
@@ -36,6 +38,7 @@ __all__ = [
     "install_int8_activations",
     "install_lean_activations",
     "install_lora",
+    "install_prefix_cache",
     "install_side_network",
     "install_sparse_activations",
     "install_token_drop",

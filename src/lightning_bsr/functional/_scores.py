@@ -23,8 +23,13 @@ def cls_scores(q: torch.Tensor, k: torch.Tensor, scale: float, num_prefix_tokens
         >>> cls_scores(q, k, 0.5, num_prefix_tokens=1)
         tensor([[0.2000, 0.2000, 0.2000, 0.2000]])
     """
-    row = (q[:, :, :1] * scale) @ k.transpose(-2, -1)
-    return row.softmax(dim=-1)[:, :, 0, num_prefix_tokens:].mean(dim=1)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        row = ((q[:, :, :1] * scale) @ k.transpose(-2, -1))[:, :, 0]
+    else:
+        # A product of matrices may differ in the last bit with the image's place in the batch; what frozen blocks give
+        # may be stored, and must not.
+        row = (q[:, :, :1] * k).sum(dim=-1) * scale
+    return row.softmax(dim=-1)[:, :, num_prefix_tokens:].mean(dim=1)
 
 
 def mean_scores(
