@@ -54,6 +54,15 @@ def _no_hooks_left():
 
 
 @pytest.fixture
+def short_frontier(monkeypatch):
+    """A budget's choice with two points of its frontier, not fourteen, each of which takes a plan of the whole step.
+
+    The choice is made before the frontier and does not depend on it.
+    """
+    monkeypatch.setattr("lightning_bsr.memory._budget._FRONTIER_SHARES", (0.35,))
+
+
+@pytest.fixture
 def images() -> RandomImages:
     return RandomImages()
 

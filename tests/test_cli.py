@@ -1,6 +1,7 @@
 """The command line: in a process of its own where that matters, else by its main function."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -114,13 +115,17 @@ def test_fit__learns_the_number_of_classes_from_the_data(here, pictures):
     )
 
 
-def test_print_config__reloads(tmp_path):
-    printed = run("fit", "--config", EXAMPLES / "quickstart.yaml", "--print_config", cwd=tmp_path)
-    assert printed.returncode == 0, printed.stderr
-    (tmp_path / "again.yaml").write_text(printed.stdout)
-    again = run("fit", "--config", "again.yaml", "--print_config", cwd=tmp_path)
-    assert again.stdout == printed.stdout
-    config = yaml.safe_load(printed.stdout)
+def test_print_config__reloads(here, capsys):
+    def printed(config):
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", f"--config={config}", "--print_config"])
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    text = printed(EXAMPLES / "quickstart.yaml")
+    (here / "again.yaml").write_text(text)
+    assert printed("again.yaml") == text
+    config = yaml.safe_load(text)
     assert [callback["class_path"] for callback in config["trainer"]["callbacks"]] == [
         "lightning_bsr.BlockSelect",
         "lightning_bsr.TokenDrop",
@@ -181,12 +186,10 @@ def test_cifar10_example__runs_on_real_pictures(here, capsys):
     assert "test/accuracy" in capsys.readouterr().out
 
 
-def test_quickstart_py__runs(tmp_path):
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "quickstart.py", "--epochs", "0"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "test/accuracy" in done.stdout
+def test_quickstart_py__runs(here, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--epochs", "0"])
+    runpy.run_path(str(EXAMPLES / "quickstart.py"), run_name="__main__")
+    assert "test/accuracy" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ def parse(arguments, monkeypatch):
 
 
 @pages_with("python")
+@pytest.mark.usefixtures("short_frontier")
 def test_python_blocks__run_in_their_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(blocks_table, "_REGISTRY", dict(blocks_table._REGISTRY))

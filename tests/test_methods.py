@@ -16,6 +16,8 @@ X = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 ALL = [*METHODS]
 WITHOUT_DATA = [name for name in ALL if name != "bsr_auto"]  # the others need no batches to be applied
 
+pytestmark = pytest.mark.usefixtures("short_frontier")
+
 
 @pytest.fixture(autouse=True)
 def _needs_peft(request):

@@ -5,6 +5,8 @@ from lightning_bsr import ActivationMemoryMonitor, BlockSelect, ConfigurationErr
 from lightning_bsr.memory import parse_bytes
 from plain_modules import ManualOptimization, PlainModule
 
+pytestmark = pytest.mark.usefixtures("short_frontier")
+
 
 class LooksAtValues(PlainModule):
     def training_step(self, batch, batch_idx):

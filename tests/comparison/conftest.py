@@ -22,7 +22,7 @@ def build():
 
 @pytest.fixture
 def configuration():
-    """A ``fit`` configuration as it is dumped: the micro ViT sees 8 digits three times."""
+    """A ``fit`` configuration as it is dumped: four blocks of the micro ViT see 8 digits three times."""
     return {
         "seed_everything": 0,
         "trainer": {
@@ -37,7 +37,10 @@ def configuration():
                 {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"},
             ],
         },
-        "model": {"class_path": "lightning_bsr.ViTClassifier", "init_args": {"lr": 1e-3, "weight_decay": 0.05}},
+        "model": {
+            "class_path": "lightning_bsr.ViTClassifier",
+            "init_args": {"pretrained": False, "model_kwargs": {"depth": 4}, "lr": 1e-3, "weight_decay": 0.05},
+        },
         "data": {"class_path": "lightning_bsr.DigitsDataModule", "init_args": {"batch_size": 8}},
     }
 

@@ -27,6 +27,12 @@ def _steady_clock(monkeypatch):
     monkeypatch.setattr("lightning_bsr.comparison._compare.time_steps", time_steps)
 
 
+@pytest.fixture
+def _without_plots(monkeypatch):
+    """They take longer to draw than the small runs take; what is drawn is looked at by the tests without this."""
+    monkeypatch.setattr("lightning_bsr.comparison._compare.plot", lambda rows, settings: "")
+
+
 def records(settings):
     return [json.loads(path.read_text()) for path in sorted((settings.output / "runs").iterdir())]
 
@@ -57,7 +63,7 @@ def test_table__is_what_the_run_files_say(configuration, make_settings, build, p
     assert [row.step_ratio for row in rows] == [1, 1 / 3, 1]
     assert rows[2].lr is None
     assert rows[2].notes == (
-        "failed: blocks has 99, but the ViT 'model' (VisionTransformer) has 12 blocks, numbered 0 to 11 or -12 to -1.",
+        "failed: blocks has 99, but the ViT 'model' (VisionTransformer) has 4 blocks, numbered 0 to 3 or -4 to -1.",
     )
 
     written = json.loads((settings.output / "table.json").read_text())
@@ -79,6 +85,7 @@ def test_table__is_what_the_run_files_say(configuration, make_settings, build, p
     assert f"head: lr {rows[1].lr:g} is at the edge of the grid: a better one may lie beyond" in said
 
 
+@pytest.mark.usefixtures("_without_plots")
 def test_again__nothing_runs_but_what_failed_or_changed(configuration, make_settings, build, pools):
     settings = make_settings(methods=("head",), lrs=(1e-2,), seeds=(0, 1))
     first = compare(configuration, settings, build)
@@ -98,6 +105,7 @@ def test_again__nothing_runs_but_what_failed_or_changed(configuration, make_sett
     assert pools[-1].calls.count("run_once") == 1
 
 
+@pytest.mark.usefixtures("_without_plots")
 def test_again__a_failed_run_is_tried_again(configuration, make_settings, build, pools, monkeypatch):
     settings = make_settings(methods=("head",), lrs=(1e-2,), seeds=(0, 1))
 
@@ -118,6 +126,7 @@ def test_again__a_failed_run_is_tried_again(configuration, make_settings, build,
     assert pools[-1].calls == ["run_once"]
 
 
+@pytest.mark.usefixtures("_without_plots")
 def test_again__goes_on_where_it_was_interrupted(configuration, make_settings, build, pools, monkeypatch):
     settings = make_settings(methods=("head",))
 
@@ -140,6 +149,7 @@ def test_again__goes_on_where_it_was_interrupted(configuration, make_settings, b
         assert kept.stat().st_mtime_ns == before
 
 
+@pytest.mark.usefixtures("_without_plots")
 def test_weights__tested_are_those_of_the_chosen_learning_rate(configuration, make_settings, build, pools, tmp_path):
     # Rates that leave nothing alike, in both orders: whichever run comes last must not be the one that is tested.
     for number, lrs in enumerate(((1e-3, 0.5), (0.5, 1e-3))):
@@ -152,6 +162,7 @@ def test_weights__tested_are_those_of_the_chosen_learning_rate(configuration, ma
         assert chosen["test"] == only["test"]
 
 
+@pytest.mark.usefixtures("_without_plots")
 def test_weights__deleted_before_the_test_are_trained_again(configuration, make_settings, build, pools, monkeypatch):
     settings = make_settings(methods=("head",), seeds=(0,), equal_time=False)
     (row,) = compare(configuration, settings, build)
