@@ -55,7 +55,8 @@ def pictures(tmp_path):
 
 @pytest.mark.slow
 def test_quickstart__one_epoch_prints_table_summary_and_test_accuracy(tmp_path):
-    done = run("fit", "--config", EXAMPLES / "quickstart.yaml", "--trainer.max_epochs=1", cwd=tmp_path)
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=10", "--trainer.limit_val_batches=1"]
+    done = run("fit", "--config", EXAMPLES / "quickstart.yaml", *short, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Activations kept for backward, ViT 'model' (VisionTransformer)" in done.stdout
     assert "test/accuracy" in done.stdout

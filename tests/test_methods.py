@@ -202,7 +202,7 @@ def test_apply_method__errors(method, options, message):
 
 @pytest.mark.parametrize("name", ALL)
 def test_fine_tune__fits_and_leaves_nothing_behind(name, make_trainer, images):
-    module, spy = PlainModule(drop_path_rate=0.1), Spy()
+    module, spy = PlainModule(drop_path_rate=0.1, depth=4), Spy()
     before = state(module)
     make_trainer(FineTune(name), spy, limit_train_batches=2).fit(module, images)
     assert len(spy.losses) == 2
@@ -212,7 +212,7 @@ def test_fine_tune__fits_and_leaves_nothing_behind(name, make_trainer, images):
 
 @pytest.mark.parametrize("name", ALL)
 def test_fine_tune__test_after_fit_evaluates_what_was_trained(name, make_trainer, images):
-    module, spy = PlainModule(), Spy()
+    module, spy = PlainModule(depth=4), Spy()
     trainer = make_trainer(FineTune(name), spy, limit_train_batches=2)
     trainer.fit(module, images)
     before = state(module)
@@ -235,9 +235,9 @@ class Save(Callback):
 @pytest.mark.parametrize("name", ALL)
 def test_fine_tune__checkpoint_tests_in_a_new_process(name, make_trainer, images, tmp_path):
     spy, other = Spy(), Spy()
-    make_trainer(FineTune(name), spy, Save(tmp_path / "c.ckpt")).fit(PlainModule(), images)
+    make_trainer(FineTune(name), spy, Save(tmp_path / "c.ckpt")).fit(PlainModule(depth=4), images)
     # What stands in for another process: another module and another callback.
-    module = PlainModule()
+    module = PlainModule(depth=4)
     with torch.no_grad():
         for p in module.parameters():
             p.zero_()

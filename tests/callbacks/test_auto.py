@@ -8,7 +8,14 @@ from plain_modules import ManualOptimization, PlainModule
 pytestmark = pytest.mark.usefixtures("short_frontier")
 
 
-class LooksAtValues(PlainModule):
+class Small(PlainModule):
+    """Four blocks: what may be dropped and trained grows fast with their number."""
+
+    def __init__(self):
+        super().__init__(depth=4)
+
+
+class LooksAtValues(Small):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
         return loss if loss.item() > 0 else None
@@ -23,7 +30,7 @@ def forwards(module):
 
 
 def test_auto__trains_within_the_budget_and_evaluates_as_it_trained(make_trainer, images, capsys, infos, tmp_path):
-    select, monitor, module = auto(), ActivationMemoryMonitor(), PlainModule()
+    select, monitor, module = auto(), ActivationMemoryMonitor(), Small()
     trainer = make_trainer(select, monitor)
     before = [p.detach().clone() for p in module.parameters()]
     trainer.fit(module, images)
@@ -46,13 +53,13 @@ def test_auto__trains_within_the_budget_and_evaluates_as_it_trained(make_trainer
     trainer.save_checkpoint(path)
     # As in another process: a new callback learns from the checkpoint where tokens are dropped.
     fresh = auto()
-    again = make_trainer(fresh).test(PlainModule(), images, ckpt_path=path, verbose=False)
+    again = make_trainer(fresh).test(Small(), images, ckpt_path=path, verbose=False)
     assert again == tested
     assert fresh._auto.chosen == chosen
 
     # A resumed run goes on with the checkpoint's choice, also if the budget would choose another one now.
     resumed = auto("0.2MiB")
-    make_trainer(resumed, max_epochs=2).fit(PlainModule(), images, ckpt_path=path)
+    make_trainer(resumed, max_epochs=2).fit(Small(), images, ckpt_path=path)
     assert resumed._auto.chosen == chosen
     assert resumed.budget_plan is None
     assert any(message.startswith("As in the checkpoint, not as chosen now") for message in infos)
@@ -60,7 +67,7 @@ def test_auto__trains_within_the_budget_and_evaluates_as_it_trained(make_trainer
 
 def test_auto__whole_memory_with_the_modules_own_optimizer(make_trainer, images):
     select = auto("1MiB", kind="total")
-    make_trainer(select).fit(PlainModule(), images)
+    make_trainer(select).fit(Small(), images)
     report = select.budget_plan.report
     assert report.peak <= parse_bytes("1MiB")
     # SGD with momentum keeps as many bytes as there are of gradients.
@@ -68,7 +75,7 @@ def test_auto__whole_memory_with_the_modules_own_optimizer(make_trainer, images)
 
 
 def test_auto__counts_the_optimizer_of_what_the_module_had_frozen(make_trainer, images):
-    class Frozen(PlainModule):
+    class Frozen(Small):
         def __init__(self):
             super().__init__()
             self.model.requires_grad_(False)
@@ -105,26 +112,26 @@ def test_auto__modules_that_cannot_be_planned(module, message, make_trainer, ima
 
 
 def test_auto__resume_from_a_fixed_choice_and_back(make_trainer, images, tmp_path):
-    trainer = make_trainer(BlockSelect([5]))
-    trainer.fit(PlainModule(), images)
+    trainer = make_trainer(BlockSelect([3]))
+    trainer.fit(Small(), images)
     trainer.save_checkpoint(tmp_path / "fixed.ckpt")
     with pytest.raises(ConfigurationError, match="The checkpoint was trained with a fixed choice, and now a memory"):
-        make_trainer(auto(), max_epochs=2).fit(PlainModule(), images, ckpt_path=tmp_path / "fixed.ckpt")
+        make_trainer(auto(), max_epochs=2).fit(Small(), images, ckpt_path=tmp_path / "fixed.ckpt")
     trainer = make_trainer(auto())
-    trainer.fit(PlainModule(), images)
+    trainer.fit(Small(), images)
     trainer.save_checkpoint(tmp_path / "auto.ckpt")
     with pytest.raises(ConfigurationError, match=r"BlockSelect\(blocks='auto', which chose: train "):
-        make_trainer(BlockSelect([5]), max_epochs=2).fit(PlainModule(), images, ckpt_path=tmp_path / "auto.ckpt")
+        make_trainer(BlockSelect([3]), max_epochs=2).fit(Small(), images, ckpt_path=tmp_path / "auto.ckpt")
 
 
 def test_auto__does_not_change_the_random_numbers_of_the_run(make_trainer, images):
     drawn = []
 
-    class Draws(PlainModule):
+    class Draws(Small):
         def on_train_start(self):
             drawn.append(torch.rand(3))
 
-    for select in (auto(), BlockSelect([5])):
+    for select in (auto(), BlockSelect([3])):
         torch.manual_seed(7)
         module = Draws()
         torch.manual_seed(7)
@@ -134,18 +141,18 @@ def test_auto__does_not_change_the_random_numbers_of_the_run(make_trainer, image
 
 def test_auto__keeps_to_the_tokens_that_token_drop_leaves(make_trainer, images):
     select = auto()
-    make_trainer(TokenDrop([1], 0.5), select).fit(PlainModule(), images)
+    make_trainer(TokenDrop([1], 0.5), select).fit(Small(), images)
     assert select.budget_plan.choice.drop == {}
     assert [line.tokens for line in select.budget_plan.report.by_block][2:4] == [34, 34]
 
 
 def test_auto__token_drop_must_come_before(make_trainer, images):
     with pytest.raises(ConfigurationError, match="TokenDrop must come first; put it before in the list of callbacks"):
-        make_trainer(auto(), TokenDrop([1], 0.5)).fit(PlainModule(), images)
+        make_trainer(auto(), TokenDrop([1], 0.5)).fit(Small(), images)
 
 
 def test_auto__nothing_fits(make_trainer, images):
-    module = PlainModule()
+    module = Small()
     with pytest.raises(ConfigurationError, match=r"budget is 1\.0 KiB of activations, but the least"):
         make_trainer(auto("1KiB")).fit(module, images)
     assert set(forwards(module)) == {"NoneType"}
@@ -170,8 +177,8 @@ def test_auto__mistakes_in_the_constructor(arguments, message):
 
 def test_bsr_auto__as_many_activations_as_bsr(make_trainer, images):
     published, chosen = ActivationMemoryMonitor(), ActivationMemoryMonitor()
-    make_trainer(FineTune("bsr"), published).fit(PlainModule(), images)
-    module, method = PlainModule(), FineTune("bsr_auto")
+    make_trainer(FineTune("bsr"), published).fit(Small(), images)
+    module, method = Small(), FineTune("bsr_auto")
     make_trainer(method, chosen).fit(module, images)
     assert 0 < chosen.report.activations <= published.report.activations
     assert method.state_dict()["auto"]["blocks"]

@@ -234,8 +234,10 @@ def test_random_augmentation__is_refused_before_training(workers, make_trainer):
         def on_train_start(self):
             raise AssertionError("it is too late")
 
-    loader = DataLoader(Noisy(), batch_size=4, num_workers=workers)
+    loader, constructor = DataLoader(Noisy(), batch_size=4, num_workers=workers), DataLoader.__init__
     message = raised(lambda: make_trainer(*bsr(), PrefixCache()).fit(Module(), loader))
+    # Lightning wraps it while it asks for loaders, and does not put it back after an error.
+    assert DataLoader.__init__ is constructor
     assert message == f"The training dataset (Noisy) gives sample 0 another image each time, {ADVICE}"
 
 

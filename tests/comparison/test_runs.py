@@ -34,7 +34,9 @@ def test_run__tested_later_is_the_same_as_tested_at_once(method, build, make, tm
     later = run_once(build, make(method), weights)
     assert "test" not in later
     assert later["validation"] == at_once["validation"]
-    assert test_once(build, make(method), weights) == {"test": at_once["test"]}
+    # At once, the adapters of LoRA are merged into the weights they are beside, which rounds.
+    rounding = 1e-6 if method == "lora" else 0.0
+    assert test_once(build, make(method), weights)["test"] == pytest.approx(at_once["test"], rel=rounding, abs=0)
 
 
 def test_run__says_what_it_trained_and_kept(build, make):

@@ -83,8 +83,8 @@ def test_fit_budget__without_recomputation_and_drops_only_blocks_are_chosen():
 
 
 def test_fit_budget__as_many_bytes_as_a_configuration_needs():
-    model = tiny_vit()
-    published = Configuration({1: WHOLE, 3: WHOLE, 5: WHOLE}, {1: 0.5, 3: 0.5, 4: 0.5})
+    model = tiny_vit(depth=4)
+    published = Configuration({1: WHOLE, 3: WHOLE}, {1: 0.5, 2: 0.5, 3: 0.5})
     found = fit(model, published, kind="activations")
     installed = published.install(model)
     needs = plan(model, batches()[0], forward=loss_of(model)).activations
@@ -103,21 +103,21 @@ def test_fit_budget__tokens_dropped_already_stay_dropped():
 
 
 def test_fit_budget__no_class_token():
-    model = tiny_vit(class_token=False, global_pool="avg")
+    model = tiny_vit(depth=4, class_token=False, global_pool="avg")
     found = fit(model, "0.4MiB", kind="activations")
     assert found.report.activations_peak <= 0.4 * MIB
     assert not found.choice.drop or found.choice.drop_options == {"score": "mean"}
 
 
 def test_fit_budget__plans_for_another_batch_size():
-    model = tiny_vit()
+    model = tiny_vit(depth=4)
     found = fit(model, "64MiB", kind="activations", batch_size=1024)
     assert found.report.batch_size == 1024
     assert 32 * MIB < found.report.activations_peak <= 64 * MIB
 
 
 def test_fit_budget__leaves_the_model_as_it_was():
-    model = tiny_vit().train()
+    model = tiny_vit(depth=4).train()
     before = {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
     fit(model, "0.5MiB", kind="activations")
     for name, parameter in model.named_parameters():
@@ -152,7 +152,7 @@ def test_fit_budget__report_and_frontier():
 
 def test_fit_budget__nothing_fits():
     with pytest.raises(ConfigurationError) as error:
-        fit(tiny_vit(), "1KiB", kind="activations")
+        fit(tiny_vit(depth=4), "1KiB", kind="activations")
     assert "budget is 1.0 KiB of activations, but the least that fine-tuning the ViT (VisionTransformer)" in str(
         error.value
     )
@@ -192,7 +192,7 @@ def test_fit_budget__whatever_the_budget_what_is_found_fits():
 
 
 def test_fit_budget__one_batch_is_split():
-    model = tiny_vit()
+    model = tiny_vit(depth=4)
     found = fit_budget(model, batches(1), "0.5MiB", kind="activations", forward=loss_of(model), max_drops=0)
     assert found.report.batch_size == 8
 

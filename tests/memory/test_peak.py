@@ -17,7 +17,7 @@ BATCH_SIZE = 16
 
 class WithAdamW(PlainModule):
     def __init__(self):
-        super().__init__(embed_dim=64, depth=3)
+        super().__init__(embed_dim=64, depth=4)
 
     def configure_optimizers(self):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)

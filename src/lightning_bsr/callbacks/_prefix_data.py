@@ -85,25 +85,36 @@ class WatchedData:
         self._variants = variants
         self._seed = seed
         self._fixed: list[FixedVariants] = []
+        self._refusal: ConfigurationError | None = None
         self._source.dataloader = self  # type: ignore[method-assign]  # on this instance only
 
     def __call__(self) -> Any:
-        """Get the data loaders, and look at their datasets.
+        """Get the data loaders, and look at their datasets."""
+        loaders = type(self._source).dataloader(self._source)
+        try:
+            for loader in _loaders(loaders):
+                if self._variants is None:
+                    _refuse_random(loader)
+                else:
+                    self._fix(loader, self._variants)
+        except ConfigurationError as error:
+            # Lightning has the class DataLoader changed meanwhile, and an error would leave it so.
+            self._refusal = error
+            return loaders
+        self._tell_epoch()
+        return loaders
+
+    def begin(self) -> None:
+        """Choose the variants of the epoch that begins.
 
         Raises:
             ConfigurationError: If a sample is another one each time, or variants of it cannot be made.
         """
-        loaders = type(self._source).dataloader(self._source)
-        for loader in _loaders(loaders):
-            if self._variants is None:
-                _refuse_random(loader)
-            else:
-                self._fix(loader, self._variants)
-        self.tell_epoch()
-        return loaders
+        if self._refusal is not None:
+            raise self._refusal
+        self._tell_epoch()
 
-    def tell_epoch(self) -> None:
-        """Choose the variants of the epoch that begins."""
+    def _tell_epoch(self) -> None:
         for fixed in self._fixed:
             fixed.epoch.fill_(self._trainer.current_epoch)
 

@@ -125,9 +125,15 @@ class PrefixCache(AttachingCallback):
             self._installed.verify()
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A resume within an epoch does not start it.
+        assert self._data is not None
+        self._data.begin()
+
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._data is not None
-        self._data.tell_epoch()
+        self._data.begin()
         self._installed.verify()
         self._epoch = PrefixCounts()
 
