@@ -61,13 +61,7 @@ class TokenDropForward(BlockForward):
         if num_kept >= num_patches:
             return self.call_inner(x, *args, **kwargs)
 
-        def attend(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            capture = AttentionCapture()
-            with capture:
-                attention = self.spec.attention_branch(self.block, x, *args, **kwargs)
-            return attention, self._scores(x, capture)
-
-        attention, scores = self.run_half("attn", attend, x)
+        attention, scores = self.run_half("attn", partial(self._attend, args, kwargs), x)
         x = drop_tokens(
             x + attention,
             scores,
@@ -77,6 +71,14 @@ class TokenDropForward(BlockForward):
             normalize=self.normalize,
         )
         return x + self.run_half("mlp", partial(self.spec.mlp_branch, self.block), x)
+
+    def _attend(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        capture = AttentionCapture()
+        with capture:
+            attention = self.spec.attention_branch(self.block, x, *args, **kwargs)
+        return attention, self._scores(x, capture)
 
     def _scores(self, x: torch.Tensor, capture: AttentionCapture) -> torch.Tensor:
         if self.score == "random":
