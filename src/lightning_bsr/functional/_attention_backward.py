@@ -71,8 +71,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
-            return (*attention_gradients(*ctx.saved_tensors, grad, ctx.scale), None)
+            return (*attention_gradients(q, k, v, out, grad, ctx.scale), None)
 
 
 class AttentionByProducts(TorchFunctionMode):
