@@ -8,7 +8,8 @@ All methods get the same data, epochs, optimizer and seeds. Each method's learni
 best accuracy on the validation split (seed 0); the test split is looked at with that one only. Prints a Markdown table:
 test accuracy as mean and standard deviation over the seeds, and the activations that backward keeps, measured by the
 monitor. With ``--levers`` it is BSR with each lever that keeps or holds less, all with BSR's learning rate, and how far
-the losses of the first steps are from those without. Runs are written to ``--output`` as they end, and those found there are not run again.
+the losses of the first steps are from those without. Runs are written to ``--output`` as they end, and those found
+there are not run again.
 """
 
 import argparse

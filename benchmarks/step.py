@@ -178,7 +178,7 @@ def main() -> None:
         figures["seconds_per_image"] = statistics.median(seconds[row]) / args.batch_size
         figures["ratio_to_plain"] = ratio(row, YARDSTICK)
 
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     title = (
         f"{args.model}, batch {args.batch_size}, {args.precision}, torch {torch.__version__}, {device_name}, "
         f"{torch.get_num_threads()} threads, median of {args.repeats} turns"
@@ -205,7 +205,8 @@ def main() -> None:
         args.output.write_text(json.dumps({"arguments": arguments, "device": device_name, "methods": rows}, indent=2))
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name the processor."""
     info = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor() or "CPU"
