@@ -116,7 +116,7 @@ def select_blocks_(
     _check_floats(view, (name for name, p in view.model.named_parameters() if id(p) in trained))
     for parameter in view.model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
-    for part in (*view.model.children(), *view.blocks):
+    for part in (*view.parts, *view.blocks):
         parameters = list(part.parameters())
         if parameters and not any(p.requires_grad for p in parameters):
             selection._frozen.append(part)

@@ -206,9 +206,8 @@ def install_side_network(
 
 
 def _width(view: ViTView) -> int:
-    width = getattr(view.model, "embed_dim", None)
-    if not isinstance(width, int):
+    if view.width is None:
         raise ConfigurationError(
             f"The {view.name} has no integer embed_dim, which says how wide a side network beside it must be; add one."
         )
-    return width
+    return view.width

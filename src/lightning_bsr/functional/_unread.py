@@ -62,8 +62,13 @@ def install_unread_skip(module: nn.Module, *, vit: str | None = None) -> BlockFo
         >>> handle.remove()
     """
     view = find_vit(module, vit)
-    pooling = getattr(view.model, "global_pool", None)
-    if pooling != "token" or not view.has_class_token or getattr(view.model, "attn_pool", None) is not None:
+    if not view.reads_prefix_alone:
+        pooling = getattr(view.model, "global_pool", None)
+        if pooling is None:
+            raise ConfigurationError(
+                f"The {view.name} is not known to give only what it makes of the prefix tokens, as classifiers on the "
+                "class token do; leave the patch tokens of its last block in."
+            )
         raise ConfigurationError(
             f"The {view.name} has global_pool={pooling!r}, expected 'token': only then does its head read no patch "
             "tokens of the last block; leave them in."

@@ -1,58 +1,14 @@
 """The table of block classes: one row says what the two residual branches of a block are made of."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
 
-import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
 from lightning_bsr._errors import ConfigurationError
-
-
-@dataclass(frozen=True)
-class BlockSpec:
-    """The two residual branches of a transformer block, as attribute names in the order they are applied.
-
-    A block described by a row computes ``x = x + attn(x)`` and then ``x = x + mlp(x)``. Of the attributes
-    named, a module is called, a parameter or a number is multiplied, and ``None`` is skipped.
-
-    Attributes:
-        attn: Attribute names of the attention branch.
-        mlp: Attribute names of the MLP branch.
-        self_attention: The name in ``attn`` that holds the self-attention; it is given the extra arguments of
-            the block's forward (attention mask and the like).
-
-    Example:
-        >>> BlockSpec(attn=("norm1", "attn"), mlp=("norm2", "mlp")).self_attention
-        'attn'
-    """
-
-    attn: tuple[str, ...]
-    mlp: tuple[str, ...]
-    self_attention: str = "attn"
-
-    def attention_branch(self, block: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute the attention branch of ``block`` on ``x`` ``[B, N, C]``, without the residual."""
-        for name in self.attn:
-            if name == self.self_attention:
-                x = getattr(block, name)(x, *args, **kwargs)
-            else:
-                x = _apply(getattr(block, name), x)
-        return x
-
-    def mlp_branch(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """Compute the MLP branch of ``block`` on ``x`` ``[B, N, C]``, without the residual."""
-        for name in self.mlp:
-            x = _apply(getattr(block, name), x)
-        return x
-
-    def part_parameters(self, block: nn.Module, part: Literal["attn", "mlp"]) -> list[nn.Parameter]:
-        """List the parameters of one branch of ``block``."""
-        values = [getattr(block, name) for name in (self.attn if part == "attn" else self.mlp)]
-        parameters = [value for value in values if isinstance(value, nn.Parameter)]
-        return parameters + [p for value in values if isinstance(value, nn.Module) for p in value.parameters()]
+from lightning_bsr.vit._classes import defines_forward, full_name
+from lightning_bsr.vit._named_blocks import NAMED_BLOCKS
+from lightning_bsr.vit._spec import BlockSpec
 
 
 _REGISTRY: dict[type[nn.Module], BlockSpec] = {
@@ -115,18 +71,14 @@ def registered_blocks() -> list[str]:
         >>> "timm.models.vision_transformer.Block" in registered_blocks()
         True
     """
-    return [f"{cls.__module__}.{cls.__qualname__}" for cls in _REGISTRY]
+    return [*map(full_name, _REGISTRY), *NAMED_BLOCKS]
 
 
 def spec_of(block: nn.Module) -> BlockSpec | None:
     """Return the row for ``block``, or ``None`` if the class that defines its forward is not registered."""
-    for cls in type(block).__mro__:
-        if "forward" in vars(cls):
-            return _REGISTRY.get(cls)
-    return None
-
-
-def _apply(step: nn.Module | torch.Tensor | float | None, x: torch.Tensor) -> torch.Tensor:
-    if step is None:
-        return x
-    return step(x) if isinstance(step, nn.Module) else x * step
+    cls = defines_forward(block)
+    if cls in _REGISTRY:
+        return _REGISTRY[cls]
+    spec = NAMED_BLOCKS.get(full_name(cls))
+    # Another version of the library may have a class of that name with other parts.
+    return spec if spec and all(hasattr(block, name) for name in (*spec.attn, *spec.mlp)) else None

@@ -6,6 +6,13 @@ from torch import nn
 
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.vit._blocks import registered_blocks, spec_of
+from lightning_bsr.vit._owners import (
+    goes_by_places,
+    num_prefix_tokens,
+    path_to_vit,
+    reads_prefix_alone,
+    vit_row,
+)
 from lightning_bsr.vit._view import ViTView
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
@@ -14,7 +21,9 @@ _CONTAINERS = (nn.ModuleList, nn.Sequential)
 def find_vit(module: nn.Module, path: str | None = None) -> ViTView:
     """Find the one Vision Transformer in ``module``.
 
-    A ViT is a module with a list of blocks, all of registered classes, and an integer ``num_prefix_tokens``.
+    A ViT is a module with a list of blocks, all of registered classes, and an integer ``num_prefix_tokens``; or one of
+    the known classes of torchvision and transformers, with the classifier that another known class puts on it. The
+    text tower of a model that has one beside its vision tower is none.
 
     Args:
         module: Any module; a LightningModule, a compiled or wrapped model, or the ViT itself.
@@ -49,24 +58,70 @@ def find_vit(module: nn.Module, path: str | None = None) -> ViTView:
 
 
 def _vits(module: nn.Module) -> Iterator[ViTView]:
-    for path, owner in module.named_modules():
-        children = list(owner.named_children())
-        for position, (name, container) in enumerate(children):
-            if not _is_supported(container) or not isinstance(getattr(owner, "num_prefix_tokens", None), int):
-                continue
-            after = [child for _, child in children[position + 1 :] if any(True for _ in child.parameters())]
-            blocks = tuple(container.children())
-            yield ViTView(
-                model=owner,
-                path=path,
-                blocks_path=f"{path}.{name}" if path else name,
-                blocks=blocks,
-                specs=tuple(spec for spec in map(spec_of, blocks) if spec),
-                num_prefix_tokens=owner.num_prefix_tokens,
-                has_class_token=getattr(owner, "cls_token", None) is not None,
-                norms=tuple(child for child in after if _is_norm(child)),
-                heads=tuple(child for child in after if not _is_norm(child)),
-            )
+    under_heads: set[nn.Module] = set()
+    for path, model in module.named_modules():
+        inside = path_to_vit(model)
+        if inside is None:
+            for name, container in model.named_children():
+                if _is_supported(container) and isinstance(getattr(model, "num_prefix_tokens", None), int):
+                    yield _view(module, model, path, model, name)
+        elif model not in under_heads:
+            trunk = model.get_submodule(inside)
+            under_heads.add(trunk)
+            row = vit_row(trunk)
+            assert row is not None
+            blocks = f"{inside}.{row.blocks}" if inside else row.blocks
+            if _is_supported(model.get_submodule(blocks)):
+                yield _view(module, model, path, trunk, blocks)
+
+
+def _view(module: nn.Module, model: nn.Module, path: str, trunk: nn.Module, blocks_in_model: str) -> ViTView:
+    before, after = _beside(model, blocks_in_model)
+    container = model.get_submodule(blocks_in_model)
+    blocks = tuple(container.children())
+    if isinstance(given := getattr(model, "num_prefix_tokens", None), int):
+        prefix, has_class_token = given, getattr(model, "cls_token", None) is not None
+    else:
+        prefix, has_class_token = num_prefix_tokens(trunk)
+    return ViTView(
+        model=model,
+        path=path,
+        trunk=trunk,
+        blocks_path=f"{path}.{blocks_in_model}" if path else blocks_in_model,
+        blocks=blocks,
+        specs=tuple(spec for spec in map(spec_of, blocks) if spec),
+        num_prefix_tokens=prefix,
+        has_class_token=has_class_token,
+        norms=tuple(part for part in after if _has_parameters(part) and _is_norm(part)),
+        heads=tuple(part for part in after if _has_parameters(part) and not _is_norm(part)),
+        parts=(*before, container, *after),
+        reads_prefix_alone=has_class_token and (reads_prefix_alone(model) or _pools_class_token(model)),
+        needs_places=_needs_places(module, path, trunk),
+    )
+
+
+def _beside(model: nn.Module, path: str) -> tuple[list[nn.Module], list[nn.Module]]:
+    """What stands before and after the module at ``path``, on each level on the way to it."""
+    before: list[nn.Module] = []
+    after: list[nn.Module] = []
+    for name in path.split("."):
+        children = list(model.named_children())
+        position = [child for child, _ in children].index(name)
+        before += [child for _, child in children[:position]]
+        after = [child for _, child in children[position + 1 :]] + after
+        model = model.get_submodule(name)
+    return before, after
+
+
+def _pools_class_token(model: nn.Module) -> bool:
+    return getattr(model, "global_pool", None) == "token" and getattr(model, "attn_pool", None) is None
+
+
+def _needs_places(module: nn.Module, path: str, trunk: nn.Module) -> str:
+    """What in ``trunk``, or in ``module`` on the way to ``path``, needs each patch token in its place."""
+    names = path.split(".") if path else []
+    around = [module.get_submodule(".".join(names[:length])) for length in range(len(names), -1, -1)]
+    return next((f"{type(part).__name__} {does}" for part in (trunk, *around) if (does := goes_by_places(part))), "")
 
 
 def _below(module: nn.Module, path: str, views: list[ViTView]) -> list[ViTView]:
@@ -77,12 +132,16 @@ def _below(module: nn.Module, path: str, views: list[ViTView]) -> list[ViTView]:
             f"vit={path!r} names no module of {type(module).__name__}; Vision Transformers found: {found}."
         )
     inside = set(names[path].modules())
-    return [view for view in views if view.model in inside or view.blocks_path == path]
+    return [view for view in views if names[view.blocks_path] in inside]
 
 
 def _is_supported(container: nn.Module) -> bool:
     blocks = list(container.children())
     return isinstance(container, _CONTAINERS) and bool(blocks) and all(spec_of(block) for block in blocks)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
 
 
 def _is_norm(module: nn.Module) -> bool:
