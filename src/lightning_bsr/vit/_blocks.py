@@ -1,66 +1,57 @@
-"""The table of block classes: one row says what the two residual branches of a block are made of."""
+"""The table of block classes, with a row for each that is known, and how users add theirs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import replace
 
-import torch
-from timm.models.vision_transformer import Block
+import timm.models
 from torch import nn
 
 from lightning_bsr._errors import ConfigurationError
+from lightning_bsr.vit._spec import BlockSpec, TokenTable
 
+_ROPE = (TokenTable("rope", neutral=(0.0, 1.0)),)  # a sine beside a cosine
+_PRE_NORM = BlockSpec(attn=("norm1", "attn", "ls1", "drop_path1"), mlp=("norm2", "mlp", "ls2", "drop_path2"))
+_POST_NORM = BlockSpec(attn=("attn", "norm1", "drop_path1"), mlp=("mlp", "norm2", "drop_path2"))
+_GAMMAS = BlockSpec(attn=("norm1", "attn", "gamma_1", "drop_path1"), mlp=("norm2", "mlp", "gamma_2", "drop_path2"))
+_ONE_BRANCH = BlockSpec(attn=(), mlp=())
 
-@dataclass(frozen=True)
-class BlockSpec:
-    """The two residual branches of a transformer block, as attribute names in the order they are applied.
-
-    A block described by a row computes ``x = x + attn(x)`` and then ``x = x + mlp(x)``. Of the attributes
-    named, a module is called, a parameter or a number is multiplied, and ``None`` is skipped.
-
-    Attributes:
-        attn: Attribute names of the attention branch.
-        mlp: Attribute names of the MLP branch.
-        self_attention: The name in ``attn`` that holds the self-attention; it is given the extra arguments of
-            the block's forward (attention mask and the like).
-
-    Example:
-        >>> BlockSpec(attn=("norm1", "attn"), mlp=("norm2", "mlp")).self_attention
-        'attn'
-    """
-
-    attn: tuple[str, ...]
-    mlp: tuple[str, ...]
-    self_attention: str = "attn"
-
-    def attention_branch(self, block: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute the attention branch of ``block`` on ``x`` ``[B, N, C]``, without the residual."""
-        for name in self.attn:
-            if name == self.self_attention:
-                x = getattr(block, name)(x, *args, **kwargs)
-            else:
-                x = _apply(getattr(block, name), x)
-        return x
-
-    def mlp_branch(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """Compute the MLP branch of ``block`` on ``x`` ``[B, N, C]``, without the residual."""
-        for name in self.mlp:
-            x = _apply(getattr(block, name), x)
-        return x
-
-    def part_parameters(self, block: nn.Module, part: Literal["attn", "mlp"]) -> list[nn.Parameter]:
-        """List the parameters of one branch of ``block``."""
-        values = [getattr(block, name) for name in (self.attn if part == "attn" else self.mlp)]
-        parameters = [value for value in values if isinstance(value, nn.Parameter)]
-        return parameters + [p for value in values if isinstance(value, nn.Module) for p in value.parameters()]
-
-
-_REGISTRY: dict[type[nn.Module], BlockSpec] = {
-    Block: BlockSpec(
-        attn=("norm1", "attn", "ls1", "drop_path1"),
-        mlp=("norm2", "mlp", "ls2", "drop_path2"),
+_TIMM = {
+    "vision_transformer.Block": _PRE_NORM,
+    "vision_transformer.ResPostBlock": _POST_NORM,
+    "vision_transformer.ParallelThingsBlock": BlockSpec(attn=("attns",), mlp=("ffns",), self_attention="attns"),
+    "vision_transformer.ParallelScalingBlock": _ONE_BRANCH,
+    "vision_transformer.DiffParallelScalingBlock": _ONE_BRANCH,
+    "vision_transformer_relpos.RelPosBlock": _PRE_NORM,
+    "vision_transformer_relpos.ResPostRelPosBlock": _POST_NORM,
+    "beit.Block": _GAMMAS,
+    "eva.EvaBlock": replace(_GAMMAS, tables=_ROPE),
+    "eva.EvaBlockPostNorm": replace(_POST_NORM, tables=_ROPE),
+    "deepseek_vit.DeepseekVitBlock": BlockSpec(
+        attn=("norm1", "attn", "drop_path1"), mlp=("norm2", "mlp", "drop_path2"), tables=_ROPE
+    ),
+    "gemma4_vit.Gemma4Block": BlockSpec(
+        attn=("norm1", "attn", "norm2", "drop_path"),
+        mlp=("norm3", "mlp", "norm4", "drop_path"),
+        tables=(
+            TokenTable("rope_cos", neutral=(1.0,), per_head=False),
+            TokenTable("rope_sin", neutral=(0.0,), per_head=False),
+        ),
     ),
 }
+
+
+def _registry() -> dict[type[nn.Module], BlockSpec]:
+    """Look up the classes by name, as older versions of timm lack some."""
+    found = {}
+    for name, spec in _TIMM.items():
+        module_name, class_name = name.split(".")
+        module = getattr(timm.models, module_name, None)
+        if hasattr(module, class_name):
+            found[getattr(module, class_name)] = spec
+    return found
+
+
+_REGISTRY = _registry()
 
 
 def register_block(
@@ -124,9 +115,3 @@ def spec_of(block: nn.Module) -> BlockSpec | None:
         if "forward" in vars(cls):
             return _REGISTRY.get(cls)
     return None
-
-
-def _apply(step: nn.Module | torch.Tensor | float | None, x: torch.Tensor) -> torch.Tensor:
-    if step is None:
-        return x
-    return step(x) if isinstance(step, nn.Module) else x * step

@@ -63,7 +63,7 @@ def _vits(module: nn.Module) -> Iterator[ViTView]:
                 blocks=blocks,
                 specs=tuple(spec for spec in map(spec_of, blocks) if spec),
                 num_prefix_tokens=owner.num_prefix_tokens,
-                has_class_token=getattr(owner, "cls_token", None) is not None,
+                has_class_token=_has_class_token(owner),
                 norms=tuple(child for child in after if _is_norm(child)),
                 heads=tuple(child for child in after if not _is_norm(child)),
             )
@@ -83,6 +83,11 @@ def _below(module: nn.Module, path: str, views: list[ViTView]) -> list[ViTView]:
 def _is_supported(container: nn.Module) -> bool:
     blocks = list(container.children())
     return isinstance(container, _CONTAINERS) and bool(blocks) and all(spec_of(block) for block in blocks)
+
+
+def _has_class_token(owner: nn.Module) -> bool:
+    says = getattr(owner, "has_class_token", None)
+    return says if isinstance(says, bool) else getattr(owner, "cls_token", None) is not None
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from numbers import Integral
 from torch import nn
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.vit._blocks import BlockSpec
+from lightning_bsr.vit._spec import BlockSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +48,12 @@ class ViTView:
         """The ViT as messages call it, such as ``ViT 'model' (VisionTransformer)``."""
         where = f"ViT {self.path!r}" if self.path else "ViT"
         return f"{where} ({type(self.model).__name__})"
+
+    @property
+    def width(self) -> int | None:
+        """The number of channels of a token, or ``None`` where the model does not say."""
+        width = getattr(self.model, "embed_dim", None)
+        return width if isinstance(width, int) else None
 
     @property
     def num_patch_tokens(self) -> int | None:
