@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.callbacks._attach import AttachingCallback
 from lightning_bsr.functional import TokenDropHandle, cosine_keep_rate, install_token_drop
-from lightning_bsr.functional._token_drop import Score
+from lightning_bsr.functional._drop_forward import Score
 
 
 class TokenDrop(AttachingCallback):
@@ -22,7 +22,8 @@ class TokenDrop(AttachingCallback):
         blocks: Indices of the blocks that drop; negative ones count from the end.
         keep_rate: The share of patch tokens that is kept, above 0 and at most 1; one, or one a block.
         fuse: Whether the dropped tokens go on as one, their sum weighted by the scores.
-        score: ``"cls"``, ``"mean"`` (for models without a class token) or ``"random"`` (a control).
+        score: ``"cls"``, ``"mean"``, ``"auto"`` (the first where there is a class token, else the second), or
+            ``"random"`` (a control).
         detach: Whether gradient is kept from flowing through the weights of the fused token.
         normalize: Whether the weights of the fused token are scaled to sum to 1.
         warmup_epochs: Over how many epochs of ``fit`` the keep rate falls from 1 to ``keep_rate``, along a half
@@ -47,7 +48,7 @@ class TokenDrop(AttachingCallback):
         keep_rate: float | Sequence[float],
         *,
         fuse: bool = True,
-        score: Score = "cls",
+        score: Score = "auto",
         detach: bool = False,
         normalize: bool = False,
         warmup_epochs: int = 0,

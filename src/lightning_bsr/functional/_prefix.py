@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 from lightning_bsr._errors import ConfigurationError
+from lightning_bsr.functional._drop_forward import TokenDropForward, drops_tokens
 from lightning_bsr.functional._forward import (
     BlockForward,
     attach_forward,
@@ -18,7 +19,7 @@ from lightning_bsr.functional._forward import (
 )
 from lightning_bsr.functional._prefix_pass import CachedPrefix, PrefixCounts
 from lightning_bsr.functional._prefix_store import DTYPES, FileStore, MemoryStore, TokenStore
-from lightning_bsr.functional._token_drop import DenseOutputRefused, TokenDropForward
+from lightning_bsr.functional._token_drop import DenseOutputRefused
 from lightning_bsr.vit import ViTView, find_vit
 
 StoredDtype = Literal["float32", "bfloat16", "float16"]
@@ -57,7 +58,7 @@ class UncachedIntermediates:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.view.model
-        if any(isinstance(f, TokenDropForward) for block in self.view.blocks for f in forward_chain(block)):
+        if any(map(drops_tokens, self.view.blocks)):
             DenseOutputRefused(self.view.name)()
         self.prefix.bring_back()
         self.prefix.suspended = True

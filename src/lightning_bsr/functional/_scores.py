@@ -1,9 +1,13 @@
 """Scores of patch tokens, from the queries and keys of one attention layer."""
 
+from collections.abc import Sequence
+
 import torch
 
 
-def cls_scores(q: torch.Tensor, k: torch.Tensor, scale: float, num_prefix_tokens: int) -> torch.Tensor:
+def cls_scores(
+    q: torch.Tensor, k: torch.Tensor, scale: float, num_prefix_tokens: int, *, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Score each patch token by the attention that the class token pays it, mean over heads.
 
     The softmax runs over all tokens and the prefix tokens are cut off afterwards, as in the published code of Block
@@ -14,6 +18,7 @@ def cls_scores(q: torch.Tensor, k: torch.Tensor, scale: float, num_prefix_tokens
         k: Keys ``[B, H, N, D]``.
         scale: The factor on ``q @ k.T``.
         num_prefix_tokens: How many tokens come before the patch tokens, at least 1.
+        mask: What is added to ``q @ k.T * scale``, or where attention is allowed; it goes with ``[B, H, N, N]``.
 
     Returns:
         Scores ``[B, N - num_prefix_tokens]``.
@@ -29,11 +34,19 @@ def cls_scores(q: torch.Tensor, k: torch.Tensor, scale: float, num_prefix_tokens
         # A product of matrices may differ in the last bit with the image's place in the batch; what frozen blocks give
         # may be stored, and must not.
         row = (q[:, :, :1] * k).sum(dim=-1) * scale
+    if mask is not None:
+        row = _mask(row.unsqueeze(2), mask[..., :1, :]).squeeze(2)
     return row.softmax(dim=-1)[:, :, num_prefix_tokens:].mean(dim=1)
 
 
 def mean_scores(
-    q: torch.Tensor, k: torch.Tensor, scale: float, num_prefix_tokens: int, chunk_size: int = 64
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scale: float,
+    num_prefix_tokens: int,
+    chunk_size: int = 64,
+    *,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Score each patch token by the attention that it receives, mean over heads and queries.
 
@@ -45,6 +58,7 @@ def mean_scores(
         scale: The factor on ``q @ k.T``.
         num_prefix_tokens: How many tokens come before the patch tokens.
         chunk_size: Queries handled at a time.
+        mask: What is added to ``q @ k.T * scale``, or where attention is allowed; it goes with ``[B, H, N, N]``.
 
     Returns:
         Scores ``[B, N - num_prefix_tokens]``.
@@ -56,7 +70,11 @@ def mean_scores(
     """
     keys = k.transpose(-2, -1)
     parts = torch.split(q, chunk_size, dim=2)
-    received = sum(((part * scale) @ keys).softmax(dim=-1).sum(dim=(1, 2)) for part in parts)
+    masks = _parts(mask, chunk_size, len(parts))
+    received = sum(
+        _mask((part * scale) @ keys, its_mask).softmax(dim=-1).sum(dim=(1, 2))
+        for part, its_mask in zip(parts, masks, strict=True)
+    )
     assert isinstance(received, torch.Tensor)
     return received[:, num_prefix_tokens:] / (q.shape[1] * q.shape[2])
 
@@ -80,3 +98,16 @@ def random_scores(x: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
     """
     scores = torch.rand(x.shape[:2], device=x.device)
     return (scores / scores.sum(dim=1, keepdim=True))[:, num_prefix_tokens:]
+
+
+def _parts(mask: torch.Tensor | None, chunk_size: int, count: int) -> Sequence[torch.Tensor | None]:
+    """Split a mask as its queries are split; it may have one row for all."""
+    if mask is None or mask.shape[-2] == 1:
+        return [mask] * count
+    return torch.split(mask, chunk_size, dim=-2)
+
+
+def _mask(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    if mask is None:
+        return logits
+    return logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask

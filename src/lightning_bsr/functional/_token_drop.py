@@ -1,104 +1,15 @@
 """Drops tokens inside chosen blocks of a ViT, between the attention and the MLP."""
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
-import torch
 from torch import nn
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.functional._capture import AttentionCapture
-from lightning_bsr.functional._forward import (
-    BlockForward,
-    attach_forward,
-    forward_chain,
-    replaced_by_others,
-    unwrap_forward,
-)
-from lightning_bsr.functional._scores import cls_scores, mean_scores, random_scores
-from lightning_bsr.functional._tokens import drop_tokens, num_kept_tokens
-from lightning_bsr.vit import BlockSpec, ViTView, find_vit
-
-Score = Literal["cls", "mean", "random"]
-
-
-class TokenDropForward(BlockForward):
-    """The forward of a block that drops tokens.
-
-    It holds no state of a step, so that a block may run twice (activation checkpointing) and so that modules that
-    carry it can be deep-copied, pickled, compiled and exported.
-    """
-
-    rank = 1
-
-    def __init__(
-        self,
-        block: nn.Module,
-        spec: BlockSpec,
-        name: str,
-        num_prefix_tokens: int,
-        keep_rate: float,
-        fuse: bool,
-        score: Score,
-        detach: bool,
-        normalize: bool,
-    ) -> None:
-        super().__init__(block)
-        self.spec = spec
-        self.name = name
-        self.num_prefix_tokens = num_prefix_tokens
-        self.keep_rate = keep_rate
-        self.fuse = fuse
-        self.score = score
-        # Without fusion the scores reach the output only through indices, which carry no gradient.
-        self.detach = detach or not fuse or score == "mean"
-        self.normalize = normalize
-
-    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        num_patches = x.shape[1] - self.num_prefix_tokens
-        num_kept = num_kept_tokens(num_patches, self.keep_rate)
-        if num_kept >= num_patches:
-            return self.call_inner(x, *args, **kwargs)
-
-        attention, scores = self.run_half("attn", partial(self._attend, args, kwargs), x)
-        x = drop_tokens(
-            x + attention,
-            scores,
-            num_kept,
-            num_prefix_tokens=self.num_prefix_tokens,
-            fuse=self.fuse,
-            normalize=self.normalize,
-        )
-        return x + self.run_half("mlp", partial(self.spec.mlp_branch, self.block), x)
-
-    def _attend(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], x: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        capture = AttentionCapture()
-        with capture:
-            attention = self.spec.attention_branch(self.block, x, *args, **kwargs)
-        return attention, self._scores(x, capture)
-
-    def _scores(self, x: torch.Tensor, capture: AttentionCapture) -> torch.Tensor:
-        if self.score == "random":
-            return random_scores(x, self.num_prefix_tokens)
-        if len(capture.calls) != 1:
-            raise ConfigurationError(
-                f"{self.name} called scaled_dot_product_attention {len(capture.calls)} times, expected once: its "
-                f"attention ({type(getattr(self.block, self.spec.self_attention)).__name__}) gives no scores to drop "
-                "tokens by; choose other blocks, or score='random'."
-            )
-        if capture.masked:
-            raise ConfigurationError(
-                f"{self.name} was given an attention mask, which would not fit the tokens that are left; drop tokens "
-                "only in a model that is called without a mask."
-            )
-        q, k, scale = capture.calls[0]
-        if self.detach:
-            q, k = q.detach(), k.detach()
-        scores = cls_scores if self.score == "cls" else mean_scores
-        return scores(q, k, scale, self.num_prefix_tokens)
+from lightning_bsr.functional._drop_forward import PositionsForward, Score, TokenDropForward, drops_tokens
+from lightning_bsr.functional._forward import attach_forward, forward_chain, replaced_by_others, unwrap_forward
+from lightning_bsr.functional._tokens import num_kept_tokens
+from lightning_bsr.vit import ViTView, find_vit
 
 
 class DenseOutputRefused:
@@ -127,6 +38,7 @@ class TokenDropHandle:
         self.forwards = forwards
         for forward in forwards.values():
             attach_forward(forward)
+        _attach_positions(view, first=min(forwards, default=len(view.blocks)))
         if hasattr(view.model, "forward_intermediates") and "forward_intermediates" not in vars(view.model):
             view.model.forward_intermediates = DenseOutputRefused(view.name)  # type: ignore[assignment]
 
@@ -163,10 +75,15 @@ class TokenDropHandle:
 
     def remove(self) -> None:
         """Give each block its own forward again; a second call does nothing."""
-        for forward in self.forwards.values():
-            unwrap_forward(forward)
-        others_drop = any(isinstance(f, TokenDropForward) for block in self.view.blocks for f in forward_chain(block))
-        if not others_drop and isinstance(vars(self.view.model).get("forward_intermediates"), DenseOutputRefused):
+        for drop in self.forwards.values():
+            unwrap_forward(drop)
+        if any(map(drops_tokens, self.view.blocks)):
+            return
+        for block in self.view.blocks:
+            for forward in forward_chain(block):
+                if isinstance(forward, PositionsForward):
+                    unwrap_forward(forward)
+        if isinstance(vars(self.view.model).get("forward_intermediates"), DenseOutputRefused):
             del self.view.model.forward_intermediates
 
     def __str__(self) -> str:
@@ -190,7 +107,7 @@ def install_token_drop(
     keep_rate: float | Sequence[float],
     *,
     fuse: bool = True,
-    score: Score = "cls",
+    score: Score = "auto",
     detach: bool = False,
     normalize: bool = False,
     vit: str | None = None,
@@ -207,8 +124,9 @@ def install_token_drop(
         blocks: Indices of the blocks that drop; negative ones count from the end.
         keep_rate: The share of patch tokens that is kept, above 0 and at most 1; one, or one a block.
         fuse: Whether the dropped tokens go on as one, their sum weighted by the scores.
-        score: ``"cls"``: the attention of the class token; ``"mean"``: the attention that a token receives from all
-            (for models without a class token; carries no gradient); ``"random"``: a control.
+        score: ``"cls"``: the attention of the class token; ``"mean"``: the attention that a token receives from all,
+            which carries no gradient; ``"auto"``: the first if there is a class token, else the second; ``"random"``:
+            a control.
         detach: Whether gradient is kept from flowing through the weights of the fused token.
         normalize: Whether the weights of the fused token are scaled to sum to 1.
         vit: Dotted path of the ViT, for when ``module`` holds several.
@@ -232,7 +150,7 @@ def install_token_drop(
     """
     view = find_vit(module, vit)
     rates = _rates(view, blocks, keep_rate)
-    _check_score(view, score)
+    score = _resolve_score(view, score)
     for index in rates:
         _check_block(view, index, score)
     forwards = {
@@ -272,26 +190,45 @@ def _check_rate(rate: object) -> None:
         raise ConfigurationError(f"keep_rate is {rate!r}, expected a number above 0 and at most 1.")
 
 
-def _check_score(view: ViTView, score: str) -> None:
+def _resolve_score(view: ViTView, score: Score) -> Score:
     if score not in get_args(Score):
         raise ConfigurationError(f"score is {score!r}, expected one of {', '.join(map(repr, get_args(Score)))}.")
     if score == "cls" and not view.has_class_token:
         raise ConfigurationError(
             f"score is 'cls', but the {view.name} has no class token; use score='mean' or score='random'."
         )
+    if score == "auto":
+        return "cls" if view.has_class_token else "mean"
+    return score
 
 
 def _check_block(view: ViTView, index: int, score: Score) -> None:
     block = view.blocks[index]
-    if any(isinstance(forward, TokenDropForward) for forward in forward_chain(block)):
+    if drops_tokens(block):
         raise ConfigurationError(f"Block {index} of the {view.name} drops tokens already; remove that first.")
     if (other := replaced_by_others(block)) is not None:
         raise ConfigurationError(
             f"Block {index} of the {view.name} has its forward replaced by {other}; undo that first."
         )
-    attention = getattr(block, view.specs[index].self_attention)
-    if score != "random" and not getattr(attention, "fused_attn", True):
+    if view.specs[index].tables and view.width is None:
+        names = ", ".join(table.name for table in view.specs[index].tables)
+        raise ConfigurationError(
+            f"The {view.name} has no integer embed_dim, by which its tokens could carry the positions that {names} "
+            "is looked up by; add one."
+        )
+    attentions = view.specs[index].attentions(block)
+    if score != "random" and not all(getattr(attention, "fused_attn", True) for attention in attentions):
         raise ConfigurationError(
             f"Block {index} of the {view.name} does not use scaled_dot_product_attention, where tokens get their "
             "scores; set fused_attn = True on its attention, or leave TIMM_FUSED_ATTN unset."
         )
+
+
+def _attach_positions(view: ViTView, first: int) -> None:
+    """Let every block from the first that drops tokens on find what belongs to the tokens that are left."""
+    if view.width is None:
+        return
+    for index, (block, spec) in enumerate(zip(view.blocks, view.specs, strict=True)):
+        if index >= first and not any(isinstance(f, PositionsForward) for f in forward_chain(block)):
+            is_last = index == len(view.blocks) - 1
+            attach_forward(PositionsForward(block, spec, view.width, view.num_prefix_tokens, is_last))

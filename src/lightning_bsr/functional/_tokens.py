@@ -44,7 +44,33 @@ def drop_tokens(
         >>> drop_tokens(x, scores, 2, num_prefix_tokens=1).flatten()
         tensor([9.0000, 2.0000, 4.0000, 0.7000])
     """
-    order = scores.argsort(dim=1, descending=True, stable=True)
+    return drop_in_order(
+        x,
+        scores,
+        order_tokens(scores),
+        num_kept,
+        num_prefix_tokens=num_prefix_tokens,
+        fuse=fuse,
+        normalize=normalize,
+    )
+
+
+def order_tokens(scores: torch.Tensor) -> torch.Tensor:
+    """Order patch tokens from the highest score to the lowest: indices ``[B, N - num_prefix_tokens]``."""
+    return scores.argsort(dim=1, descending=True, stable=True)
+
+
+def drop_in_order(
+    x: torch.Tensor,
+    scores: torch.Tensor,
+    order: torch.Tensor,
+    num_kept: int,
+    *,
+    num_prefix_tokens: int,
+    fuse: bool,
+    normalize: bool,
+) -> torch.Tensor:
+    """Do what :func:`drop_tokens` does, by an order that is known already."""
     prefix = torch.arange(num_prefix_tokens, device=x.device).expand(x.shape[0], -1)
     kept = _take(x, torch.cat([prefix, order[:, :num_kept] + num_prefix_tokens], dim=1))
     if not fuse:

@@ -17,6 +17,7 @@ _SKIPS = "gives the prefix tokens alone"
 class PrefixOnlyForward(BlockForward):
     """The forward of a last block that gives the prefix tokens alone."""
 
+    rank = 2
     # Around one that drops tokens: what it would keep is not read either.
     effects = (_SKIPS,)
 
@@ -72,6 +73,11 @@ def install_unread_skip(module: nn.Module, *, vit: str | None = None) -> BlockFo
         raise ConfigurationError(
             f"The {view.name} has global_pool={pooling!r}, expected 'token': only then does its head read no patch "
             "tokens of the last block; leave them in."
+        )
+    if view.specs[-1].is_one_branch:
+        raise ConfigurationError(
+            f"The last block of the {view.name} ({type(view.blocks[-1]).__name__}) computes attention and MLP in one "
+            "branch, so its MLP cannot be left out for some tokens; leave them in."
         )
     (last,) = chosen_blocks(view, [-1], (_SKIPS,))
     forward = PrefixOnlyForward(view.blocks[last], view.specs[last], view.num_prefix_tokens)

@@ -13,8 +13,8 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.functional._forward import BlockForward, forward_chain
-from lightning_bsr.functional._token_drop import TokenDropForward
+from lightning_bsr.functional._drop_forward import TokenDropForward
+from lightning_bsr.functional._forward import BlockForward, attach_forward, forward_chain
 from lightning_bsr.vit import ViTView, find_vit
 
 _NUMBER = 4  # bytes of an activation, and of a parameter that trains
@@ -125,7 +125,7 @@ class _Walk(TorchFunctionMode):
     def __init__(self, view: ViTView) -> None:
         super().__init__()
         self._view = view
-        attentions = [getattr(block, spec.self_attention) for block, spec in zip(view.blocks, view.specs, strict=True)]
+        attentions = [a for block, spec in zip(view.blocks, view.specs, strict=True) for a in spec.attentions(block)]
         self._heads = {attention: _num_heads(view, attention) for attention in attentions}
         after = {id(p) for part in (*view.blocks, *view.norms, *view.heads) for p in part.parameters()}
         self._backward_reaches = any(p.requires_grad and id(p) not in after for p in view.model.parameters())
@@ -204,13 +204,14 @@ def _only_token_drops(blocks: Iterable[nn.Module]) -> Iterator[None]:
             forward = vars(block).get("forward")
             if not isinstance(forward, BlockForward):
                 continue
-            drop = next((link for link in forward_chain(block) if isinstance(link, TokenDropForward)), None)
+            links = [copy(link) for link in forward_chain(block) if isinstance(link, (PositionsForward, TokenDropForward))]
             stack.callback(setattr, block, "forward", forward)
             del block.forward
-            if drop is not None:
-                alone = copy(drop)
-                alone.inner = None
-                block.forward = alone
+            for link in reversed(links):
+                link.inner = None
+                attach_forward(link)
+            if links:
+                stack.callback(delattr, block, "forward")
         yield
 
 

@@ -1,22 +1,59 @@
-"""The table of block classes: one row says what the two residual branches of a block are made of."""
+"""The table of block classes, with a row for each that is known, and how users add theirs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from timm.models.vision_transformer import Block
+import timm.models
 from torch import nn
 
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.vit._classes import defines_forward, full_name
 from lightning_bsr.vit._named_blocks import NAMED_BLOCKS
-from lightning_bsr.vit._spec import BlockSpec
+from lightning_bsr.vit._spec import BlockSpec, TokenTable
 
+_ROPE = (TokenTable("rope", neutral=(0.0, 1.0)),)  # a sine beside a cosine
+_PRE_NORM = BlockSpec(attn=("norm1", "attn", "ls1", "drop_path1"), mlp=("norm2", "mlp", "ls2", "drop_path2"))
+_POST_NORM = BlockSpec(attn=("attn", "norm1", "drop_path1"), mlp=("mlp", "norm2", "drop_path2"))
+_GAMMAS = BlockSpec(attn=("norm1", "attn", "gamma_1", "drop_path1"), mlp=("norm2", "mlp", "gamma_2", "drop_path2"))
+_ONE_BRANCH = BlockSpec(attn=(), mlp=())
 
-_REGISTRY: dict[type[nn.Module], BlockSpec] = {
-    Block: BlockSpec(
-        attn=("norm1", "attn", "ls1", "drop_path1"),
-        mlp=("norm2", "mlp", "ls2", "drop_path2"),
+_TIMM = {
+    "vision_transformer.Block": _PRE_NORM,
+    "vision_transformer.ResPostBlock": _POST_NORM,
+    "vision_transformer.ParallelThingsBlock": BlockSpec(attn=("attns",), mlp=("ffns",), self_attention="attns"),
+    "vision_transformer.ParallelScalingBlock": _ONE_BRANCH,
+    "vision_transformer.DiffParallelScalingBlock": _ONE_BRANCH,
+    "vision_transformer_relpos.RelPosBlock": _PRE_NORM,
+    "vision_transformer_relpos.ResPostRelPosBlock": _POST_NORM,
+    "beit.Block": _GAMMAS,
+    "eva.EvaBlock": replace(_GAMMAS, tables=_ROPE),
+    "eva.EvaBlockPostNorm": replace(_POST_NORM, tables=_ROPE),
+    "deepseek_vit.DeepseekVitBlock": BlockSpec(
+        attn=("norm1", "attn", "drop_path1"), mlp=("norm2", "mlp", "drop_path2"), tables=_ROPE
+    ),
+    "gemma4_vit.Gemma4Block": BlockSpec(
+        attn=("norm1", "attn", "norm2", "drop_path"),
+        mlp=("norm3", "mlp", "norm4", "drop_path"),
+        tables=(
+            TokenTable("rope_cos", neutral=(1.0,), per_head=False),
+            TokenTable("rope_sin", neutral=(0.0,), per_head=False),
+        ),
     ),
 }
+
+
+def _registry() -> dict[type[nn.Module], BlockSpec]:
+    """Look up the classes by name, as older versions of timm lack some."""
+    found = {}
+    for name, spec in _TIMM.items():
+        module_name, class_name = name.split(".")
+        module = getattr(timm.models, module_name, None)
+        if hasattr(module, class_name):
+            found[getattr(module, class_name)] = spec
+    return found
+
+
+_REGISTRY = _registry()
 
 
 def register_block(

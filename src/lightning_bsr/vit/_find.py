@@ -80,7 +80,7 @@ def _view(module: nn.Module, model: nn.Module, path: str, trunk: nn.Module, bloc
     container = model.get_submodule(blocks_in_model)
     blocks = tuple(container.children())
     if isinstance(given := getattr(model, "num_prefix_tokens", None), int):
-        prefix, has_class_token = given, getattr(model, "cls_token", None) is not None
+        prefix, has_class_token = given, _has_class_token(model)
     else:
         prefix, has_class_token = num_prefix_tokens(trunk)
     return ViTView(
@@ -142,6 +142,11 @@ def _is_supported(container: nn.Module) -> bool:
 
 def _has_parameters(module: nn.Module) -> bool:
     return any(True for _ in module.parameters())
+
+
+def _has_class_token(owner: nn.Module) -> bool:
+    says = getattr(owner, "has_class_token", None)
+    return says if isinstance(says, bool) else getattr(owner, "cls_token", None) is not None
 
 
 def _is_norm(module: nn.Module) -> bool:

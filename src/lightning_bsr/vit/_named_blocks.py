@@ -1,10 +1,11 @@
 """The rows of block classes that are not imported here: those of torchvision, and of transformers, which is optional."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.vit._spec import BlockSpec
+from lightning_bsr.vit._spec import BlockSpec, TokenTable
 
 
 def beit_arguments(block: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,11 +43,7 @@ _DINO = BlockSpec(
     mlp=("norm2", "mlp", "layer_scale2", "drop_path"),
     self_attention="attention",
 )
-_DINO3 = BlockSpec(
-    attn=_DINO.attn,
-    mlp=_DINO.mlp,
-    self_attention="attention",
-)
+_DINO_WITH_ROPE = replace(_DINO, tables=(TokenTable("position_embeddings", neutral=(1.0, 0.0)),))  # cosine and sine
 _BEIT = BlockSpec(
     attn=("layernorm_before", "attention", "dropout", "lambda_1", "drop_path"),
     mlp=("layernorm_after", "mlp", "dropout", "lambda_2", "drop_path"),
@@ -68,7 +65,7 @@ NAMED_BLOCKS = {
             "vit_mae.modeling_vit_mae.ViTMAELayer": _VIT,
             "dinov2.modeling_dinov2.Dinov2Layer": _DINO,
             "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer": _DINO,
-            "dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer": _DINO3,
+            "dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer": _DINO_WITH_ROPE,
             "beit.modeling_beit.BeitLayer": _BEIT,
             "clip.modeling_clip.CLIPEncoderLayer": _CLIP,
             "siglip.modeling_siglip.SiglipEncoderLayer": _CLIP,

@@ -7,8 +7,8 @@ from numbers import Integral
 from torch import nn
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.vit._blocks import BlockSpec
 from lightning_bsr.vit._owners import num_patch_tokens, width_of
+from lightning_bsr.vit._spec import BlockSpec
 
 
 @dataclass(frozen=True, eq=False)
