@@ -26,6 +26,8 @@ class TokenDrop(AttachingCallback):
             ``"random"`` (a control).
         detach: Whether gradient is kept from flowing through the weights of the fused token.
         normalize: Whether the weights of the fused token are scaled to sum to 1.
+        restore: Whether the last block's output has all tokens again, in their order and without fused ones; a dropped
+            token comes back as it was when it was dropped.
         warmup_epochs: Over how many epochs of ``fit`` the keep rate falls from 1 to ``keep_rate``, along a half
             cosine, see :func:`lightning_bsr.functional.cosine_keep_rate`. Validation during these epochs drops as
             training does.
@@ -51,6 +53,7 @@ class TokenDrop(AttachingCallback):
         score: Score = "auto",
         detach: bool = False,
         normalize: bool = False,
+        restore: bool = False,
         warmup_epochs: int = 0,
         vit: str | None = None,
     ) -> None:
@@ -63,6 +66,7 @@ class TokenDrop(AttachingCallback):
         self.score = score
         self.detach = detach
         self.normalize = normalize
+        self.restore = restore
         self.warmup_epochs = warmup_epochs
         self.vit = vit
 
@@ -76,6 +80,7 @@ class TokenDrop(AttachingCallback):
             score=self.score,
             detach=self.detach,
             normalize=self.normalize,
+            restore=self.restore,
             vit=self.vit,
         )
         self._final_rates = handle.keep_rates

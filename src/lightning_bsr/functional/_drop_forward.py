@@ -1,6 +1,7 @@
 """The forwards of a ViT that drops tokens: of the blocks that do, and of those that come after them."""
 
 import inspect
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -12,10 +13,11 @@ from lightning_bsr.functional._capture import AttentionCall, AttentionCapture, P
 from lightning_bsr.functional._forward import BlockForward, forward_chain
 from lightning_bsr.functional._positions import drop_positions, join_positions, split_positions, take_table
 from lightning_bsr.functional._scores import cls_scores, mean_scores, random_scores
-from lightning_bsr.functional._tokens import drop_in_order, num_kept_tokens, order_tokens
+from lightning_bsr.functional._tokens import drop_in_order, num_kept_tokens, order_tokens, take_tokens
 from lightning_bsr.vit import BlockSpec, TokenTable
 
 Score = Literal["auto", "cls", "mean", "random"]
+RESTORES, SKIPS = "puts dropped tokens back to their places", "gives the prefix tokens alone"
 
 
 class Drop(NamedTuple):
@@ -25,11 +27,13 @@ class Drop(NamedTuple):
         kept: Which of its patch tokens are kept ``[B, K]``, in the order in which they go on.
         fused: Whether the others go on as one.
         masked: Whether its attention had a mask or a bias.
+        gone: Which of its patch tokens stand behind those that go on ``[B, M]``, if they are to be put back.
     """
 
     kept: torch.Tensor
     fused: bool
     masked: bool
+    gone: torch.Tensor | None
 
 
 class TokenDropForward(BlockForward):
@@ -52,6 +56,8 @@ class TokenDropForward(BlockForward):
         score: Score,
         detach: bool,
         normalize: bool,
+        restore: bool,
+        gives_hidden_states: bool,
     ) -> None:
         super().__init__(block)
         self.spec = spec
@@ -63,6 +69,8 @@ class TokenDropForward(BlockForward):
         # Without fusion the scores reach the output only through indices, which carry no gradient.
         self.detach = detach or not fuse or score == "mean"
         self.normalize = normalize
+        self.restore = restore
+        self.gives_hidden_states = gives_hidden_states
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         y, drop = self.run(None, x, *args, **kwargs)
@@ -91,11 +99,19 @@ class TokenDropForward(BlockForward):
             with with_masks:
                 return self.call_inner(x, *args, **kwargs), None
 
+        if not self.gives_hidden_states and asks_for_hidden_states(self.block, self.spec, kwargs):
+            raise ConfigurationError(
+                f"{self.name} drops tokens, so what output_hidden_states=True asks for would miss patches; leave it "
+                "out, or remove the token drop."
+            )
         whole = self.spec.is_one_branch
         y, scores, masked = self.run_half("attn", partial(self._attend, positions, args, kwargs), x)
         order = order_tokens(scores)
+        x = y if whole else x + y
+        gone = order[:, num_kept:] if self.restore else None
+        leaving = None if gone is None else take_tokens(x, gone + self.num_prefix_tokens)
         x = drop_in_order(
-            y if whole else x + y,
+            x,
             scores,
             order,
             num_kept,
@@ -105,7 +121,9 @@ class TokenDropForward(BlockForward):
         )
         if not whole:
             x = x + self.run_half("mlp", partial(self.spec.mlp_branch, self.block), x)
-        return x, Drop(order[:, :num_kept], self.fuse, masked)
+        if leaving is not None:
+            x = torch.cat([x, leaving], dim=1)
+        return x, Drop(order[:, :num_kept], self.fuse, masked, gone)
 
     def _attend(
         self, positions: torch.Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any], x: torch.Tensor
@@ -146,16 +164,19 @@ class PositionsForward(BlockForward):
     """The forward of a block from the first that drops tokens on: it looks up by position what the block is given.
 
     Where a block is given nothing that depends on a token's position, it is called as it is.
+
+    Attributes:
+        is_end: Whether nobody after it asks for positions.
     """
 
     rank = 1
 
-    def __init__(self, block: nn.Module, spec: BlockSpec, width: int, num_prefix_tokens: int, is_last: bool) -> None:
+    def __init__(self, block: nn.Module, spec: BlockSpec, width: int, num_prefix_tokens: int, is_end: bool) -> None:
         super().__init__(block)
         self.spec = spec
         self.width = width
         self.num_prefix_tokens = num_prefix_tokens
-        self.is_last = is_last
+        self.is_end = is_end
         names = list(inspect.signature(type(block).forward).parameters)[2:]
         # By the name and by the place of an argument, as it may be given either way.
         self._tables: dict[str | int, TokenTable] = {table.name: table for table in spec.tables}
@@ -174,11 +195,13 @@ class PositionsForward(BlockForward):
             with_masks = PositionedMasks(positions)
             with with_masks:
                 y, drop = self.call_inner(x, *args, **kwargs), None
-        if drop is not None and (positions is not None or drop.masked or self._has_tables(given)):
+        if drop is not None and (
+            positions is not None or drop.masked or drop.gone is not None or self._has_tables(given)
+        ):
             if positions is None:
                 positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-            positions = drop_positions(positions, drop.kept, self.num_prefix_tokens, fused=drop.fused)
-        return y if self.is_last or positions is None else join_positions(y, positions)
+            positions = drop_positions(positions, drop.kept, self.num_prefix_tokens, fused=drop.fused, gone=drop.gone)
+        return y if self.is_end or positions is None else join_positions(y, positions)
 
     def _has_tables(self, given: dict[str | int, Any]) -> bool:
         return any(value is not None and key in self._tables for key, value in given.items())
@@ -190,3 +213,11 @@ class PositionsForward(BlockForward):
 def drops_tokens(block: nn.Module) -> bool:
     """Whether ``block`` has a forward that drops tokens."""
     return any(isinstance(forward, TokenDropForward) for forward in forward_chain(block))
+
+
+def asks_for_hidden_states(block: nn.Module, spec: BlockSpec, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a model of transformers that calls ``block`` is going to give what comes out of every block."""
+    configs = [getattr(attention, "config", None) for attention in spec.attentions(block)]
+    return bool(kwargs.get("output_hidden_states")) or any(
+        getattr(config, "output_hidden_states", False) for config in configs
+    )

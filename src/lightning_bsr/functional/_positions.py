@@ -2,6 +2,7 @@
 
 import torch
 
+from lightning_bsr.functional._tokens import take_tokens
 from lightning_bsr.vit import TokenTable
 
 _BASE = 256  # every whole number up to this is exact in bfloat16
@@ -43,7 +44,14 @@ def split_positions(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Te
     return x[..., :width], high * _BASE + low
 
 
-def drop_positions(positions: torch.Tensor, kept: torch.Tensor, num_prefix_tokens: int, *, fused: bool) -> torch.Tensor:
+def drop_positions(
+    positions: torch.Tensor,
+    kept: torch.Tensor,
+    num_prefix_tokens: int,
+    *,
+    fused: bool,
+    gone: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Do to positions what :func:`lightning_bsr.functional.drop_tokens` does to tokens.
 
     Args:
@@ -51,9 +59,10 @@ def drop_positions(positions: torch.Tensor, kept: torch.Tensor, num_prefix_token
         kept: Which patch tokens are kept ``[B, K]``, in the order in which they go on.
         num_prefix_tokens: How many prefix tokens there are, P.
         fused: Whether a fused token is appended; its position is 65,535, which is beyond all others.
+        gone: Which patch tokens stand behind these ``[B, M]``, if some do.
 
     Returns:
-        ``[B, P + K + 1]`` when fusing, else ``[B, P + K]``.
+        ``[B, P + K + 1 + M]`` when fusing, else ``[B, P + K + M]``.
 
     Example:
         >>> drop_positions(torch.tensor([[0, 1, 2, 3, 4]]), torch.tensor([[3, 0]]), 1, fused=True)
@@ -62,7 +71,28 @@ def drop_positions(positions: torch.Tensor, kept: torch.Tensor, num_prefix_token
     left = [positions[:, :num_prefix_tokens], positions[:, num_prefix_tokens:].gather(1, kept)]
     if fused:
         left.append(positions.new_full((len(positions), 1), _FUSED))
+    if gone is not None:
+        left.append(positions[:, num_prefix_tokens:].gather(1, gone))
     return torch.cat(left, dim=1)
+
+
+def put_back(x: torch.Tensor, positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Put all tokens of an image in their order, and leave out those that were made by fusing.
+
+    Args:
+        x: Tokens ``[B, M, C]``, among them all those of the image.
+        positions: Where they came from ``[B, M]``.
+        num_tokens: How many tokens the image has, N.
+
+    Returns:
+        ``[B, N, C]``.
+
+    Example:
+        >>> x = torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])
+        >>> put_back(x, torch.tensor([[0, 2, 65535, 1]]), 3).flatten()
+        tensor([1., 4., 2.])
+    """
+    return take_tokens(x, positions.argsort(dim=1)[:, :num_tokens])
 
 
 def take_table(

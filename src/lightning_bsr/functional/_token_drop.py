@@ -6,8 +6,16 @@ from typing import Any, NoReturn, get_args
 from torch import nn
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.functional._drop_forward import PositionsForward, Score, TokenDropForward, drops_tokens
+from lightning_bsr.functional._drop_forward import (
+    RESTORES,
+    SKIPS,
+    PositionsForward,
+    Score,
+    TokenDropForward,
+    drops_tokens,
+)
 from lightning_bsr.functional._forward import attach_forward, forward_chain, replaced_by_others, unwrap_forward
+from lightning_bsr.functional._restore import RestoredIntermediates, RestoringForward
 from lightning_bsr.functional._tokens import num_kept_tokens
 from lightning_bsr.vit import ViTView, find_vit
 
@@ -31,16 +39,22 @@ class TokenDropHandle:
     Attributes:
         view: The ViT.
         forwards: The forward of each dropping block, by block index.
+        restore: Whether dropped tokens are put back after the last block.
     """
 
-    def __init__(self, view: ViTView, forwards: dict[int, TokenDropForward]) -> None:
+    def __init__(self, view: ViTView, forwards: dict[int, TokenDropForward], restore: bool) -> None:
         self.view = view
         self.forwards = forwards
+        self.restore = restore
         for forward in forwards.values():
             attach_forward(forward)
-        _attach_positions(view, first=min(forwards, default=len(view.blocks)))
+        first = min(forwards, default=len(view.blocks))
+        _attach_positions(view, first, restore)
+        if restore:
+            _attach_restoring(view, forwards)
         if hasattr(view.model, "forward_intermediates") and "forward_intermediates" not in vars(view.model):
-            view.model.forward_intermediates = DenseOutputRefused(view.name)  # type: ignore[assignment]
+            stand_in = RestoredIntermediates(view, first) if restore else DenseOutputRefused(view.name)
+            view.model.forward_intermediates = stand_in  # type: ignore[assignment]
 
     @property
     def keep_rates(self) -> dict[int, float]:
@@ -64,6 +78,10 @@ class TokenDropHandle:
 
     def num_tokens(self, num_patch_tokens: int) -> list[int]:
         """Count all tokens after each block, for an image of ``num_patch_tokens`` patches."""
+        counts = self._num_left(num_patch_tokens)
+        return [*counts[:-1], self.view.num_prefix_tokens + num_patch_tokens] if self.restore else counts
+
+    def _num_left(self, num_patch_tokens: int) -> list[int]:
         counts = []
         for index in range(len(self.view.blocks)):
             if index in self.forwards:
@@ -80,10 +98,11 @@ class TokenDropHandle:
         if any(map(drops_tokens, self.view.blocks)):
             return
         for block in self.view.blocks:
-            for forward in forward_chain(block):
-                if isinstance(forward, PositionsForward):
+            for forward in list(forward_chain(block)):
+                if isinstance(forward, (PositionsForward, RestoringForward)):
                     unwrap_forward(forward)
-        if isinstance(vars(self.view.model).get("forward_intermediates"), DenseOutputRefused):
+        stand_in = vars(self.view.model).get("forward_intermediates")
+        if isinstance(stand_in, (DenseOutputRefused, RestoredIntermediates)):
             del self.view.model.forward_intermediates
 
     def __str__(self) -> str:
@@ -96,8 +115,9 @@ class TokenDropHandle:
         patches = self.view.num_patch_tokens
         if patches is None:
             return text
-        counts = [patches + self.view.num_prefix_tokens, *self.num_tokens(patches)]
-        steps = [counts[0], *(counts[index + 1] for index in self.forwards)]
+        counts = self._num_left(patches)
+        whole = patches + self.view.num_prefix_tokens
+        steps = [whole, *(counts[index] for index in self.forwards), *([whole] if self.restore else [])]
         return f"{text}: {' -> '.join(map(str, steps))} tokens"
 
 
@@ -110,6 +130,7 @@ def install_token_drop(
     score: Score = "auto",
     detach: bool = False,
     normalize: bool = False,
+    restore: bool = False,
     vit: str | None = None,
 ) -> TokenDropHandle:
     """Drop patch tokens inside blocks of the ViT in ``module``, in training and evaluation alike.
@@ -129,6 +150,9 @@ def install_token_drop(
             a control.
         detach: Whether gradient is kept from flowing through the weights of the fused token.
         normalize: Whether the weights of the fused token are scaled to sum to 1.
+        restore: Whether the last block's output has all tokens again, in their order and without fused ones, for heads
+            that need each patch in its place. A dropped token comes back as it was when it was dropped, after that
+            block's attention.
         vit: Dotted path of the ViT, for when ``module`` holds several.
 
     Returns:
@@ -153,6 +177,9 @@ def install_token_drop(
     score = _resolve_score(view, score)
     for index in rates:
         _check_block(view, index, score)
+    if rates:
+        _check_places(view, min(rates), restore)
+        _check_restore(view, restore)
     forwards = {
         index: TokenDropForward(
             view.blocks[index],
@@ -164,10 +191,12 @@ def install_token_drop(
             score,
             detach,
             normalize,
+            restore,
+            gives_hidden_states=view.places is not None,
         )
         for index, rate in rates.items()
     }
-    return TokenDropHandle(view, forwards)
+    return TokenDropHandle(view, forwards, restore)
 
 
 def _rates(view: ViTView, blocks: Sequence[int], keep_rate: float | Sequence[float]) -> dict[int, float]:
@@ -216,19 +245,76 @@ def _check_block(view: ViTView, index: int, score: Score) -> None:
             f"The {view.name} has no integer embed_dim, by which its tokens could carry the positions that {names} "
             "is looked up by; add one."
         )
-    attentions = view.specs[index].attentions(block)
+    attentions = list(view.specs[index].attentions(block))
     if score != "random" and not all(getattr(attention, "fused_attn", True) for attention in attentions):
         raise ConfigurationError(
             f"Block {index} of the {view.name} does not use scaled_dot_product_attention, where tokens get their "
             "scores; set fused_attn = True on its attention, or leave TIMM_FUSED_ATTN unset."
         )
+    implementations = {getattr(getattr(a, "config", None), "_attn_implementation", "sdpa") for a in attentions}
+    if score != "random" and implementations != {"sdpa"}:
+        raise ConfigurationError(
+            f"Block {index} of the {view.name} has attn_implementation={min(implementations)!r}, expected 'sdpa', which "
+            "calls scaled_dot_product_attention, where tokens get their scores; build the model with "
+            "attn_implementation='sdpa', or call its set_attn_implementation('sdpa')."
+        )
 
 
-def _attach_positions(view: ViTView, first: int) -> None:
+def _check_places(view: ViTView, first: int, restore: bool) -> None:
+    """Refuse to leave out tokens that something is known to look for in their places."""
+    if view.places is None:
+        return
+    last = len(view.blocks) - 1
+    if not restore:
+        raise ConfigurationError(
+            f"A token drop would leave the {view.name} with fewer tokens, but {view.places.reader}; give restore=True, "
+            "by which dropped tokens are put back to their places after the last block."
+        )
+    if view.places.blocks is None or any(first <= block < last for block in view.places.blocks):
+        raise ConfigurationError(
+            f"A token drop in block {first} of the {view.name} would leave out tokens until the last block, {last}, but "
+            f"{view.places.reader}, also of blocks in between; drop tokens in no block before these."
+        )
+
+
+def _check_restore(view: ViTView, restore: bool) -> None:
+    present = [forward for block in view.blocks for forward in forward_chain(block)]
+    restores = any(RESTORES in forward.effects for forward in present)
+    if restores or (restore and any(map(drops_tokens, view.blocks))):
+        raise ConfigurationError(
+            f"The {view.name} drops tokens already, {'with' if restores else 'without'} restore=True; give all blocks "
+            "that drop at once where dropped tokens are to be put back."
+        )
+    if not restore:
+        return
+    if view.width is None:
+        raise ConfigurationError(
+            f"The {view.name} has no integer embed_dim, by which its tokens could carry the positions to which they are "
+            "put back; add one."
+        )
+    if any(SKIPS in forward.effects for forward in forward_chain(view.blocks[-1])):
+        raise ConfigurationError(
+            f"The last block of the {view.name} {SKIPS}, so dropped tokens cannot be put back after it; remove that "
+            "first."
+        )
+
+
+def _attach_positions(view: ViTView, first: int, restore: bool) -> None:
     """Let every block from the first that drops tokens on find what belongs to the tokens that are left."""
     if view.width is None:
         return
+    last = len(view.blocks) - 1
     for index, (block, spec) in enumerate(zip(view.blocks, view.specs, strict=True)):
         if index >= first and not any(isinstance(f, PositionsForward) for f in forward_chain(block)):
-            is_last = index == len(view.blocks) - 1
-            attach_forward(PositionsForward(block, spec, view.width, view.num_prefix_tokens, is_last))
+            is_end = index == last and not restore
+            attach_forward(PositionsForward(block, spec, view.width, view.num_prefix_tokens, is_end))
+
+
+def _attach_restoring(view: ViTView, drops: dict[int, TokenDropForward]) -> None:
+    assert view.width is not None
+    last = len(view.blocks) - 1
+    for index in range(min(drops, default=len(view.blocks)), len(view.blocks)):
+        before = [drop for block, drop in drops.items() if block < index]
+        attach_forward(
+            RestoringForward(view.blocks[index], view.width, view.num_prefix_tokens, before, is_last=index == last)
+        )

@@ -7,9 +7,10 @@ from torch import nn
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.vit._blocks import registered_blocks, spec_of
 from lightning_bsr.vit._owners import (
-    goes_by_places,
+    Places,
     num_prefix_tokens,
     path_to_vit,
+    places_read_by,
     reads_prefix_alone,
     vit_row,
 )
@@ -96,7 +97,7 @@ def _view(module: nn.Module, model: nn.Module, path: str, trunk: nn.Module, bloc
         heads=tuple(part for part in after if _has_parameters(part) and not _is_norm(part)),
         parts=(*before, container, *after),
         reads_prefix_alone=has_class_token and (reads_prefix_alone(model) or _pools_class_token(model)),
-        needs_places=_needs_places(module, path, trunk),
+        places=_places(module, path, trunk, len(blocks)),
     )
 
 
@@ -117,11 +118,11 @@ def _pools_class_token(model: nn.Module) -> bool:
     return getattr(model, "global_pool", None) == "token" and getattr(model, "attn_pool", None) is None
 
 
-def _needs_places(module: nn.Module, path: str, trunk: nn.Module) -> str:
+def _places(module: nn.Module, path: str, trunk: nn.Module, depth: int) -> Places | None:
     """What in ``trunk``, or in ``module`` on the way to ``path``, needs each patch token in its place."""
     names = path.split(".") if path else []
     around = [module.get_submodule(".".join(names[:length])) for length in range(len(names), -1, -1)]
-    return next((f"{type(part).__name__} {does}" for part in (trunk, *around) if (does := goes_by_places(part))), "")
+    return next((found for part in (trunk, *around) if (found := places_read_by(part, depth))), None)
 
 
 def _below(module: nn.Module, path: str, views: list[ViTView]) -> list[ViTView]:

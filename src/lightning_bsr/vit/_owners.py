@@ -5,10 +5,24 @@ Classes go by their names, so that nothing here imports transformers.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from lightning_bsr.vit._classes import defines_forward, full_name
+
+
+@dataclass(frozen=True)
+class Places:
+    """Something that looks for each patch token in its place.
+
+    Attributes:
+        reader: What it is and does, such as ``Dinov2Backbone makes maps of the patch tokens``.
+        blocks: The blocks whose outputs it reads; ``None`` if that is not known.
+    """
+
+    reader: str
+    blocks: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -18,12 +32,10 @@ class ViTRow:
     Attributes:
         blocks: Dotted path of the list of blocks.
         reads_prefix: Whether its forward gives nothing but what it makes of the prefix tokens.
-        places: What in it goes by the places of the patch tokens, if something does.
     """
 
     blocks: str
     reads_prefix: bool = False
-    places: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,9 +59,6 @@ def _without_mean_pooling(model: nn.Module) -> bool:
     return not model.config.use_mean_pooling  # type: ignore[union-attr]  # a configuration of transformers
 
 
-_MAPS = "makes maps of the patch tokens"
-_MASKS = "hides patches and puts the others back to their places after the blocks"
-
 _TRANSFORMERS: dict[str, dict[str, ViTRow | HeadRow]] = {
     "vit.modeling_vit": {
         "ViTModel": ViTRow("layers"),
@@ -65,21 +74,21 @@ _TRANSFORMERS: dict[str, dict[str, ViTRow | HeadRow]] = {
         "ViTMSNForImageClassification": HeadRow("vit", _always),
     },
     "vit_mae.modeling_vit_mae": {
-        "ViTMAEModel": ViTRow("layers", places=_MASKS),
+        "ViTMAEModel": ViTRow("layers"),
     },
     "dinov2.modeling_dinov2": {
         "Dinov2Model": ViTRow("encoder.layer"),
-        "Dinov2Backbone": ViTRow("encoder.layer", places=_MAPS),
+        "Dinov2Backbone": ViTRow("encoder.layer"),
         "Dinov2ForImageClassification": HeadRow("dinov2"),
     },
     "dinov2_with_registers.modeling_dinov2_with_registers": {
         "Dinov2WithRegistersModel": ViTRow("encoder.layer"),
-        "Dinov2WithRegistersBackbone": ViTRow("encoder.layer", places=_MAPS),
+        "Dinov2WithRegistersBackbone": ViTRow("encoder.layer"),
         "Dinov2WithRegistersForImageClassification": HeadRow("dinov2_with_registers"),
     },
     "dinov3_vit.modeling_dinov3_vit": {
         "DINOv3ViTModel": ViTRow("model.layer"),
-        "DINOv3ViTBackbone": ViTRow("model.layer", places=_MAPS),
+        "DINOv3ViTBackbone": ViTRow("model.layer"),
     },
     "beit.modeling_beit": {
         "BeitModel": ViTRow("layers"),
@@ -104,7 +113,9 @@ _ROWS: dict[str, ViTRow | HeadRow] = {
     **{f"transformers.models.{file}.{name}": row for file, rows in _TRANSFORMERS.items() for name, row in rows.items()},
 }
 
-# How the names of transformers' classes end whose output has a place for each patch.
+# How the names of transformers' classes end whose output has a place for each patch, and what they do.
+_MAPS = "makes maps of the patch tokens"
+_MASKS = "hides patches, and puts the others back to their places after the blocks"
 _DENSE = {
     "Backbone": _MAPS,
     "ForDepthEstimation": _MAPS,
@@ -114,6 +125,7 @@ _DENSE = {
     "ForUniversalSegmentation": _MAPS,
     "ForMaskedImageModeling": _MASKS,
     "ForPreTraining": _MASKS,
+    "MAEModel": _MASKS,
 }
 
 
@@ -140,14 +152,18 @@ def reads_prefix_alone(module: nn.Module) -> bool:
     return row.reads_prefix(module) if isinstance(row, HeadRow) else row.reads_prefix
 
 
-def goes_by_places(module: nn.Module) -> str | None:
-    """Say what ``module`` does that needs each patch token in its place, if it is known to do so."""
-    if (row := vit_row(module)) is not None and row.places is not None:
-        return row.places
-    for cls in type(module).__mro__:
-        if cls.__module__.startswith("transformers."):
-            return next((does for ending, does in _DENSE.items() if cls.__name__.endswith(ending)), None)
-    return None
+def places_read_by(module: Any, depth: int) -> Places | None:
+    """Say what ``module`` is known to do that needs each patch token in its place, with a ViT of ``depth`` blocks."""
+    names = (cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("transformers."))
+    does = next((does for name in names for ending, does in _DENSE.items() if name.endswith(ending)), None)
+    if does is None:
+        return None
+    blocks: tuple[int, ...] | None = (depth - 1,) if does == _MASKS else None
+    if hasattr(module, "out_features") and hasattr(module, "stage_names"):
+        # The first stage is what enters the blocks.
+        stages = [list(module.stage_names).index(name) for name in module.out_features]
+        blocks = tuple(stage - 1 for stage in stages if stage)
+    return Places(f"{type(module).__name__} {does}", blocks)
 
 
 def num_prefix_tokens(vit: nn.Module) -> tuple[int, bool]:

@@ -7,7 +7,7 @@ from numbers import Integral
 from torch import nn
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.vit._owners import num_patch_tokens, width_of
+from lightning_bsr.vit._owners import Places, num_patch_tokens, width_of
 from lightning_bsr.vit._spec import BlockSpec
 
 
@@ -29,8 +29,7 @@ class ViTView:
         heads: Everything else with parameters after the blocks: classifiers and attention pooling.
         parts: What ``model`` consists of: the list of blocks, and what stands beside it or beside what holds it.
         reads_prefix_alone: Whether ``model`` is known to give nothing but what it makes of the prefix tokens.
-        needs_places: What in or around ``model`` needs each patch token in its place, as part of a sentence; empty if
-            nothing is known to.
+        places: What in or around ``model`` is known to look for each patch token in its place.
 
     Example:
         >>> import timm
@@ -52,7 +51,7 @@ class ViTView:
     heads: tuple[nn.Module, ...]
     parts: tuple[nn.Module, ...]
     reads_prefix_alone: bool
-    needs_places: str
+    places: Places | None
 
     @property
     def name(self) -> str:
