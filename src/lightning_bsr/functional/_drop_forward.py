@@ -68,8 +68,8 @@ class TokenDropForward(BlockForward):
         y, drop = self.run(None, x, *args, **kwargs)
         if drop is not None and drop.masked:
             raise ConfigurationError(
-                f"{self.name} has an attention mask or bias, which must be fitted to the tokens that are left; give the "
-                "module that owns the blocks an integer embed_dim, by which tokens can carry their positions."
+                f"{self.name} has an attention mask or bias, which must be fitted to the tokens that are left; give "
+                "the module that owns the blocks an integer embed_dim, by which tokens can carry their positions."
             )
         return y
 
@@ -146,6 +146,9 @@ class PositionsForward(BlockForward):
     """The forward of a block from the first that drops tokens on: it looks up by position what the block is given.
 
     Where a block is given nothing that depends on a token's position, it is called as it is.
+
+    Attributes:
+        seen: Where the positions after this block are also put, for those who run the whole model; or ``None``.
     """
 
     rank = 1
@@ -156,6 +159,7 @@ class PositionsForward(BlockForward):
         self.width = width
         self.num_prefix_tokens = num_prefix_tokens
         self.is_last = is_last
+        self.seen: list[torch.Tensor | None] | None = None
         names = list(inspect.signature(type(block).forward).parameters)[2:]
         # By the name and by the place of an argument, as it may be given either way.
         self._tables: dict[str | int, TokenTable] = {table.name: table for table in spec.tables}
@@ -178,6 +182,8 @@ class PositionsForward(BlockForward):
             if positions is None:
                 positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
             positions = drop_positions(positions, drop.kept, self.num_prefix_tokens, fused=drop.fused)
+        if self.seen is not None:
+            self.seen.append(positions)
         return y if self.is_last or positions is None else join_positions(y, positions)
 
     def _has_tables(self, given: dict[str | int, Any]) -> bool:

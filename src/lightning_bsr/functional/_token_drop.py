@@ -1,28 +1,16 @@
 """Drops tokens inside chosen blocks of a ViT, between the attention and the MLP."""
 
 from collections.abc import Sequence
-from typing import Any, NoReturn, get_args
+from typing import get_args
 
 from torch import nn
 
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.functional._drop_forward import PositionsForward, Score, TokenDropForward, drops_tokens
 from lightning_bsr.functional._forward import attach_forward, forward_chain, replaced_by_others, unwrap_forward
+from lightning_bsr.functional._outputs import attach_outputs, check_outputs, detach_outputs
 from lightning_bsr.functional._tokens import num_kept_tokens
 from lightning_bsr.vit import ViTView, find_vit
-
-
-class DenseOutputRefused:
-    """Stands in for ``forward_intermediates`` while tokens are dropped: its feature maps would be wrong."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ConfigurationError(
-            f"The {self.name} drops tokens, so its feature maps would miss some patches; remove the token drop before "
-            "calling forward_intermediates or extracting features."
-        )
 
 
 class TokenDropHandle:
@@ -39,8 +27,7 @@ class TokenDropHandle:
         for forward in forwards.values():
             attach_forward(forward)
         _attach_positions(view, first=min(forwards, default=len(view.blocks)))
-        if hasattr(view.model, "forward_intermediates") and "forward_intermediates" not in vars(view.model):
-            view.model.forward_intermediates = DenseOutputRefused(view.name)  # type: ignore[assignment]
+        attach_outputs(view)
 
     @property
     def keep_rates(self) -> dict[int, float]:
@@ -83,8 +70,7 @@ class TokenDropHandle:
             for forward in forward_chain(block):
                 if isinstance(forward, PositionsForward):
                     unwrap_forward(forward)
-        if isinstance(vars(self.view.model).get("forward_intermediates"), DenseOutputRefused):
-            del self.view.model.forward_intermediates
+        detach_outputs(self.view)
 
     def __str__(self) -> str:
         if not self.forwards:
@@ -149,6 +135,8 @@ def install_token_drop(
         >>> handle.remove()
     """
     view = find_vit(module, vit)
+    view.check_drops_tokens()
+    check_outputs(view)
     rates = _rates(view, blocks, keep_rate)
     score = _resolve_score(view, score)
     for index in rates:

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.functional._drop_forward import TokenDropForward
+from lightning_bsr.functional._drop_forward import PositionsForward, TokenDropForward
 from lightning_bsr.functional._forward import BlockForward, attach_forward, forward_chain
 from lightning_bsr.vit import ViTView, find_vit
 
@@ -204,7 +204,9 @@ def _only_token_drops(blocks: Iterable[nn.Module]) -> Iterator[None]:
             forward = vars(block).get("forward")
             if not isinstance(forward, BlockForward):
                 continue
-            links = [copy(link) for link in forward_chain(block) if isinstance(link, (PositionsForward, TokenDropForward))]
+            links = [
+                copy(link) for link in forward_chain(block) if isinstance(link, (PositionsForward, TokenDropForward))
+            ]
             stack.callback(setattr, block, "forward", forward)
             del block.forward
             for link in reversed(links):

@@ -1,6 +1,7 @@
 """Finds the Vision Transformer inside any module, by its structure and never by an attribute's name."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import replace
 
 from torch import nn
 
@@ -14,7 +15,9 @@ _CONTAINERS = (nn.ModuleList, nn.Sequential)
 def find_vit(module: nn.Module, path: str | None = None) -> ViTView:
     """Find the one Vision Transformer in ``module``.
 
-    A ViT is a module with a list of blocks, all of registered classes, and an integer ``num_prefix_tokens``.
+    A ViT is a module with a list of blocks, all of registered classes, and an integer ``num_prefix_tokens``; or one
+    that has timm's ``forward_features`` and blocks of registered classes anywhere inside, such as those of the stages
+    of a hierarchical model, which drop no tokens.
 
     Args:
         module: Any module; a LightningModule, a compiled or wrapped model, or the ViT itself.
@@ -49,24 +52,62 @@ def find_vit(module: nn.Module, path: str | None = None) -> ViTView:
 
 
 def _vits(module: nn.Module) -> Iterator[ViTView]:
-    for path, owner in module.named_modules():
-        children = list(owner.named_children())
-        for position, (name, container) in enumerate(children):
-            if not _is_supported(container) or not isinstance(getattr(owner, "num_prefix_tokens", None), int):
-                continue
-            after = [child for _, child in children[position + 1 :] if any(True for _ in child.parameters())]
-            blocks = tuple(container.children())
-            yield ViTView(
-                model=owner,
-                path=path,
-                blocks_path=f"{path}.{name}" if path else name,
-                blocks=blocks,
-                specs=tuple(spec for spec in map(spec_of, blocks) if spec),
-                num_prefix_tokens=owner.num_prefix_tokens,
-                has_class_token=_has_class_token(owner),
-                norms=tuple(child for child in after if _is_norm(child)),
-                heads=tuple(child for child in after if not _is_norm(child)),
-            )
+    plain = [view for path, owner in module.named_modules() for view in _plain(path, owner)]
+    seen = {block for view in plain for block in view.blocks}
+    staged = [view for path, owner in module.named_modules() if (view := _staged(path, owner, seen))]
+    yield from plain
+    for view in staged:
+        inside = set(view.model.modules()) - {view.model}
+        if not any(other.model in inside for other in staged):
+            yield view
+
+
+def _plain(path: str, owner: nn.Module) -> Iterator[ViTView]:
+    """Yield the ViTs that have one list of blocks in ``owner``."""
+    for position, (name, container) in enumerate(owner.named_children()):
+        if _is_supported(container) and isinstance(getattr(owner, "num_prefix_tokens", None), int):
+            yield _view(path, owner, name, position, list(container.children()))
+
+
+def _staged(path: str, owner: nn.Module, seen: Set[nn.Module]) -> ViTView | None:
+    """Find the ViT whose blocks lie anywhere in ``owner``, which has timm's ``forward_features``."""
+    if not hasattr(owner, "forward_features"):
+        return None
+    found = [module for module in owner.modules() if module not in seen and spec_of(module)]
+    inside = {child for block in found for child in block.modules() if child is not block}
+    blocks = [block for block in found if block not in inside]
+    holders = [
+        (position, name)
+        for position, (name, child) in enumerate(owner.named_children())
+        if not set(blocks).isdisjoint(child.modules())
+    ]
+    if not blocks:
+        return None
+    view = _view(path, owner, holders[0][1], holders[-1][0], blocks)
+    if view.keeps_tokens:
+        return view
+    if any(_is_supported(module) and set(module.children()) == set(blocks) for module in owner.modules()):
+        return None
+    return replace(view, keeps_tokens="lie in several stages, between which patches are laid out as an image")
+
+
+def _view(path: str, owner: nn.Module, name: str, position: int, blocks: Sequence[nn.Module]) -> ViTView:
+    """Describe the ViT ``owner``, whose child ``name`` has the first block and whose child ``position`` the last."""
+    after = [child for child in list(owner.children())[position + 1 :] if any(True for _ in child.parameters())]
+    specs = tuple(spec for spec in map(spec_of, blocks) if spec)
+    num_prefix_tokens = getattr(owner, "num_prefix_tokens", None)
+    return ViTView(
+        model=owner,
+        path=path,
+        blocks_path=f"{path}.{name}" if path else name,
+        blocks=tuple(blocks),
+        specs=specs,
+        num_prefix_tokens=num_prefix_tokens if isinstance(num_prefix_tokens, int) else 0,
+        has_class_token=_has_class_token(owner),
+        norms=tuple(child for child in after if _is_norm(child)),
+        heads=tuple(child for child in after if not _is_norm(child)),
+        keeps_tokens=next((spec.keeps_tokens for spec in specs if spec.keeps_tokens), ""),
+    )
 
 
 def _below(module: nn.Module, path: str, views: list[ViTView]) -> list[ViTView]:
@@ -91,7 +132,8 @@ def _has_class_token(owner: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return "Norm" in type(module).__name__
+    name = type(module).__name__
+    return "Norm" in name and "Head" not in name
 
 
 def _title(module: nn.Module, path: str | None) -> str:

@@ -24,6 +24,7 @@ class ViTView:
         has_class_token: Whether the first prefix token is a class token.
         norms: Normalisation layers after the blocks.
         heads: Everything else with parameters after the blocks: classifiers and attention pooling.
+        keeps_tokens: Why tokens cannot be dropped, as the end of a sentence about the blocks; empty where they can.
 
     Example:
         >>> import timm
@@ -42,12 +43,23 @@ class ViTView:
     has_class_token: bool
     norms: tuple[nn.Module, ...]
     heads: tuple[nn.Module, ...]
+    keeps_tokens: str = ""
 
     @property
     def name(self) -> str:
         """The ViT as messages call it, such as ``ViT 'model' (VisionTransformer)``."""
         where = f"ViT {self.path!r}" if self.path else "ViT"
         return f"{where} ({type(self.model).__name__})"
+
+    def check_drops_tokens(self) -> None:
+        """Check that tokens can be dropped.
+
+        Raises:
+            ConfigurationError: If they cannot; the message says why.
+        """
+        if self.keeps_tokens:
+            kind = type(self.blocks[0]).__name__
+            raise ConfigurationError(f"The {self.name} drops no tokens: its blocks ({kind}) {self.keeps_tokens}.")
 
     @property
     def width(self) -> int | None:
