@@ -76,8 +76,8 @@ class TokenDropForward(BlockForward):
         y, drop = self.run(None, x, *args, **kwargs)
         if drop is not None and drop.masked:
             raise ConfigurationError(
-                f"{self.name} has an attention mask or bias, which must be fitted to the tokens that are left; give the "
-                "module that owns the blocks an integer embed_dim, by which tokens can carry their positions."
+                f"{self.name} has an attention mask or bias, which must be fitted to the tokens that are left; give "
+                "the module that owns the blocks an integer embed_dim, by which tokens can carry their positions."
             )
         return y
 
@@ -167,6 +167,7 @@ class PositionsForward(BlockForward):
 
     Attributes:
         is_end: Whether nobody after it asks for positions.
+        seen: Where the positions after this block are also put, for those who run the whole model; or ``None``.
     """
 
     rank = 1
@@ -177,6 +178,7 @@ class PositionsForward(BlockForward):
         self.width = width
         self.num_prefix_tokens = num_prefix_tokens
         self.is_end = is_end
+        self.seen: list[torch.Tensor | None] | None = None
         names = list(inspect.signature(type(block).forward).parameters)[2:]
         # By the name and by the place of an argument, as it may be given either way.
         self._tables: dict[str | int, TokenTable] = {table.name: table for table in spec.tables}
@@ -201,6 +203,8 @@ class PositionsForward(BlockForward):
             if positions is None:
                 positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
             positions = drop_positions(positions, drop.kept, self.num_prefix_tokens, fused=drop.fused, gone=drop.gone)
+        if self.seen is not None:
+            self.seen.append(positions)
         return y if self.is_end or positions is None else join_positions(y, positions)
 
     def _has_tables(self, given: dict[str | int, Any]) -> bool:

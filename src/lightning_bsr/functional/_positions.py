@@ -172,3 +172,23 @@ def take_mask(mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return mask[0][:, rows, columns].transpose(0, 1)
     batch = torch.arange(len(mask), device=mask.device).view(-1, 1, 1)
     return mask[batch, :, rows, columns].permute(0, 3, 1, 2)
+
+
+def keep_valid(valid: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Give each sample what is said of its tokens, of what is said of all patches; a fused token of padding is padding.
+
+    Args:
+        valid: Which patches are no padding ``[B, N]``.
+        positions: Positions of the patch tokens ``[B, M]``, counted without prefix tokens; N or more if fused.
+
+    Returns:
+        ``[B, M]``.
+
+    Example:
+        >>> keep_valid(torch.tensor([[True, True, False]]), torch.tensor([[2, 0, 9]]))
+        tensor([[False,  True,  True]])
+    """
+    fused = positions >= valid.shape[1]
+    kept = valid.gather(1, positions.clamp(max=valid.shape[1] - 1)) & ~fused
+    some_left = valid.sum(dim=1, keepdim=True) > kept.sum(dim=1, keepdim=True)
+    return kept | (fused & some_left)

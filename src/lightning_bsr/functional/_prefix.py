@@ -17,9 +17,9 @@ from lightning_bsr.functional._forward import (
     replaced_by_others,
     unwrap_forward,
 )
+from lightning_bsr.functional._outputs import DenseOutputRefused
 from lightning_bsr.functional._prefix_pass import CachedPrefix, PrefixCounts
 from lightning_bsr.functional._prefix_store import DTYPES, FileStore, MemoryStore, TokenStore
-from lightning_bsr.functional._token_drop import DenseOutputRefused
 from lightning_bsr.vit import ViTView, find_vit
 
 StoredDtype = Literal["float32", "bfloat16", "float16"]

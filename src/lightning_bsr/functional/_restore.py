@@ -4,15 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models._features import feature_take_indices
 from torch import nn
 
-from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.functional._drop_forward import RESTORES, TokenDropForward
 from lightning_bsr.functional._forward import BlockForward
 from lightning_bsr.functional._positions import put_back, split_positions
 from lightning_bsr.functional._tokens import num_kept_tokens
-from lightning_bsr.vit import ViTView
 
 
 def count_rows(num_rows: int, num_prefix_tokens: int, drops: Sequence[tuple[float, bool]]) -> tuple[int, int]:
@@ -78,24 +75,3 @@ class RestoringForward(BlockForward):
             return x
         tokens, positions = split_positions(x, self.width)
         return tokens if positions is None else put_back(tokens, positions, num_tokens)
-
-
-class RestoredIntermediates:
-    """Stands in for ``forward_intermediates`` while dropped tokens are put back after the last block."""
-
-    def __init__(self, view: ViTView, first_drop: int) -> None:
-        self.view = view
-        self.first_drop = first_drop
-
-    def __call__(self, x: torch.Tensor, indices: int | list[int] | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Call the model's own, if only outputs are asked for that have all tokens."""
-        model, depth = self.view.model, len(self.view.blocks)
-        taken, _ = feature_take_indices(depth, indices)
-        missing = [index for index in taken if self.first_drop <= index < depth - 1]
-        if missing:
-            raise ConfigurationError(
-                f"The {self.view.name} drops tokens in block {self.first_drop} and puts them back after block "
-                f"{depth - 1}, so the feature maps of blocks {', '.join(map(str, missing))} would miss some patches; "
-                "ask for those of other blocks, or remove the token drop."
-            )
-        return type(model).forward_intermediates(model, x, indices, *args, **kwargs)  # type: ignore[attr-defined]  # it has one

@@ -1,7 +1,7 @@
 """Drops tokens inside chosen blocks of a ViT, between the attention and the MLP."""
 
 from collections.abc import Sequence
-from typing import Any, NoReturn, get_args
+from typing import get_args
 
 from torch import nn
 
@@ -15,22 +15,10 @@ from lightning_bsr.functional._drop_forward import (
     drops_tokens,
 )
 from lightning_bsr.functional._forward import attach_forward, forward_chain, replaced_by_others, unwrap_forward
-from lightning_bsr.functional._restore import RestoredIntermediates, RestoringForward
+from lightning_bsr.functional._outputs import attach_outputs, check_outputs, detach_outputs
+from lightning_bsr.functional._restore import RestoringForward
 from lightning_bsr.functional._tokens import num_kept_tokens
 from lightning_bsr.vit import ViTView, find_vit
-
-
-class DenseOutputRefused:
-    """Stands in for ``forward_intermediates`` while tokens are dropped: its feature maps would be wrong."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ConfigurationError(
-            f"The {self.name} drops tokens, so its feature maps would miss some patches; remove the token drop before "
-            "calling forward_intermediates or extracting features."
-        )
 
 
 class TokenDropHandle:
@@ -52,9 +40,7 @@ class TokenDropHandle:
         _attach_positions(view, first, restore)
         if restore:
             _attach_restoring(view, forwards)
-        if hasattr(view.model, "forward_intermediates") and "forward_intermediates" not in vars(view.model):
-            stand_in = RestoredIntermediates(view, first) if restore else DenseOutputRefused(view.name)
-            view.model.forward_intermediates = stand_in  # type: ignore[assignment]
+        attach_outputs(view, restored_from=first if restore else None)
 
     @property
     def keep_rates(self) -> dict[int, float]:
@@ -101,9 +87,7 @@ class TokenDropHandle:
             for forward in list(forward_chain(block)):
                 if isinstance(forward, (PositionsForward, RestoringForward)):
                     unwrap_forward(forward)
-        stand_in = vars(self.view.model).get("forward_intermediates")
-        if isinstance(stand_in, (DenseOutputRefused, RestoredIntermediates)):
-            del self.view.model.forward_intermediates
+        detach_outputs(self.view)
 
     def __str__(self) -> str:
         if not self.forwards:
@@ -173,6 +157,9 @@ def install_token_drop(
         >>> handle.remove()
     """
     view = find_vit(module, vit)
+    view.check_drops_tokens()
+    if not restore:
+        check_outputs(view)
     rates = _rates(view, blocks, keep_rate)
     score = _resolve_score(view, score)
     for index in rates:
@@ -254,8 +241,8 @@ def _check_block(view: ViTView, index: int, score: Score) -> None:
     implementations = {getattr(getattr(a, "config", None), "_attn_implementation", "sdpa") for a in attentions}
     if score != "random" and implementations != {"sdpa"}:
         raise ConfigurationError(
-            f"Block {index} of the {view.name} has attn_implementation={min(implementations)!r}, expected 'sdpa', which "
-            "calls scaled_dot_product_attention, where tokens get their scores; build the model with "
+            f"Block {index} of the {view.name} has attn_implementation={min(implementations)!r}, expected 'sdpa', "
+            "which calls scaled_dot_product_attention, where tokens get their scores; build the model with "
             "attn_implementation='sdpa', or call its set_attn_implementation('sdpa')."
         )
 
@@ -272,8 +259,8 @@ def _check_places(view: ViTView, first: int, restore: bool) -> None:
         )
     if view.places.blocks is None or any(first <= block < last for block in view.places.blocks):
         raise ConfigurationError(
-            f"A token drop in block {first} of the {view.name} would leave out tokens until the last block, {last}, but "
-            f"{view.places.reader}, also of blocks in between; drop tokens in no block before these."
+            f"A token drop in block {first} of the {view.name} would leave out tokens until the last block, {last}, "
+            f"but {view.places.reader}, also of blocks in between; drop tokens in no block before these."
         )
 
 
@@ -289,8 +276,8 @@ def _check_restore(view: ViTView, restore: bool) -> None:
         return
     if view.width is None:
         raise ConfigurationError(
-            f"The {view.name} has no integer embed_dim, by which its tokens could carry the positions to which they are "
-            "put back; add one."
+            f"The {view.name} has no integer embed_dim, by which its tokens could carry the positions to which they "
+            "are put back; add one."
         )
     if any(SKIPS in forward.effects for forward in forward_chain(view.blocks[-1])):
         raise ConfigurationError(

@@ -13,8 +13,9 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.functional._drop_forward import TokenDropForward
+from lightning_bsr.functional._drop_forward import PositionsForward, TokenDropForward
 from lightning_bsr.functional._forward import BlockForward, attach_forward, forward_chain
+from lightning_bsr.functional._restore import RestoringForward
 from lightning_bsr.vit import ViTView, find_vit
 
 _NUMBER = 4  # bytes of an activation, and of a parameter that trains
@@ -22,6 +23,7 @@ _FROZEN = 1  # bytes of a frozen parameter
 _PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 # Each with the position of its weight.
 _NORMS = {F.layer_norm: 2, F.rms_norm: 2, F.group_norm: 2, F.batch_norm: 3}
+_DROPS = (RestoringForward, PositionsForward, TokenDropForward)
 _SMOOTH = (F.gelu, F.silu, torch.sigmoid, torch.tanh)
 
 
@@ -204,7 +206,7 @@ def _only_token_drops(blocks: Iterable[nn.Module]) -> Iterator[None]:
             forward = vars(block).get("forward")
             if not isinstance(forward, BlockForward):
                 continue
-            links = [copy(link) for link in forward_chain(block) if isinstance(link, (PositionsForward, TokenDropForward))]
+            links = [copy(link) for link in forward_chain(block) if isinstance(link, _DROPS)]
             stack.callback(setattr, block, "forward", forward)
             del block.forward
             for link in reversed(links):

@@ -16,6 +16,7 @@ _PRE_NORM = BlockSpec(attn=("norm1", "attn", "ls1", "drop_path1"), mlp=("norm2",
 _POST_NORM = BlockSpec(attn=("attn", "norm1", "drop_path1"), mlp=("mlp", "norm2", "drop_path2"))
 _GAMMAS = BlockSpec(attn=("norm1", "attn", "gamma_1", "drop_path1"), mlp=("norm2", "mlp", "gamma_2", "drop_path2"))
 _ONE_BRANCH = BlockSpec(attn=(), mlp=())
+_NO_QUERY = "compute the whole attention matrix themselves, so no query and key can be seen to score tokens by"
 
 _TIMM = {
     "vision_transformer.Block": _PRE_NORM,
@@ -39,13 +40,52 @@ _TIMM = {
             TokenTable("rope_sin", neutral=(0.0,), per_head=False),
         ),
     ),
+    "cait.LayerScaleBlock": BlockSpec(
+        attn=("norm1", "attn", "gamma_1", "drop_path"),
+        mlp=("norm2", "mlp", "gamma_2", "drop_path"),
+        keeps_tokens=_NO_QUERY,
+    ),
+    "convit.Block": BlockSpec(
+        attn=("norm1", "attn", "drop_path"), mlp=("norm2", "mlp", "drop_path"), keeps_tokens=_NO_QUERY
+    ),
+}
+
+_TIMM_KEEPS_TOKENS = {
+    "attend within windows or between neighbours of the image, so each patch must stay in its place": (
+        "swin_transformer.SwinTransformerBlock",
+        "swin_transformer_v2.SwinTransformerV2Block",
+        "swin_transformer_v2_cr.SwinTransformerV2CrBlock",
+        "vision_transformer_sam.Block",
+        "hiera.HieraBlock",
+        "hieradet_sam2.MultiScaleBlock",
+        "nest.TransformerLayer",
+        "gcvit.GlobalContextVitBlock",
+        "tiny_vit.TinyVitBlock",
+        "maxxvit.MaxxVitBlock",
+        "maxxvit.ParallelMaxxVitBlock",
+        "volo.Outlooker",
+        "volo.Transformer",
+        "tnt.Block",
+    ),
+    "shrink or convolve the image between or inside them, so each patch must stay in its place": (
+        "pvt_v2.Block",
+        "twins.Block",
+        "mvitv2.MultiScaleBlock",
+        "davit.SpatialBlock",
+        "davit.ChannelBlock",
+        "coat.SerialBlock",
+        "levit.LevitBlock",
+        "visformer.Block",
+    ),
+    "let channels attend to each other, not tokens, so no token has a score": ("xcit.XCABlock",),
 }
 
 
 def _registry() -> dict[type[nn.Module], BlockSpec]:
-    """Look up the classes by name, as older versions of timm lack some."""
+    """Look up the classes by name, as other versions of timm lack some."""
+    rows = {name: BlockSpec((), (), keeps_tokens=why) for why, names in _TIMM_KEEPS_TOKENS.items() for name in names}
     found = {}
-    for name, spec in _TIMM.items():
+    for name, spec in {**_TIMM, **rows}.items():
         module_name, class_name = name.split(".")
         module = getattr(timm.models, module_name, None)
         if hasattr(module, class_name):

@@ -1,6 +1,7 @@
 """Finds the Vision Transformer inside any module, by its structure and never by an attribute's name."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import replace
 
 from torch import nn
 
@@ -8,9 +9,9 @@ from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.vit._blocks import registered_blocks, spec_of
 from lightning_bsr.vit._owners import (
     Places,
-    num_prefix_tokens,
     path_to_vit,
     places_read_by,
+    prefix_of,
     reads_prefix_alone,
     vit_row,
 )
@@ -22,9 +23,10 @@ _CONTAINERS = (nn.ModuleList, nn.Sequential)
 def find_vit(module: nn.Module, path: str | None = None) -> ViTView:
     """Find the one Vision Transformer in ``module``.
 
-    A ViT is a module with a list of blocks, all of registered classes, and an integer ``num_prefix_tokens``; or one of
-    the known classes of torchvision and transformers, with the classifier that another known class puts on it. The
-    text tower of a model that has one beside its vision tower is none.
+    A ViT is a module with a list of blocks, all of registered classes, and an integer ``num_prefix_tokens``; or one
+    that has timm's ``forward_features`` and blocks of registered classes anywhere inside, such as those of the stages
+    of a hierarchical model, which drop no tokens; or one of the known classes of torchvision and transformers, with the
+    classifier that another known class puts on it. The text tower beside a vision tower is none.
 
     Args:
         module: Any module; a LightningModule, a compiled or wrapped model, or the ViT itself.
@@ -59,45 +61,91 @@ def find_vit(module: nn.Module, path: str | None = None) -> ViTView:
 
 
 def _vits(module: nn.Module) -> Iterator[ViTView]:
+    found = [*_known(module), *(view for path, owner in module.named_modules() for view in _plain(module, path, owner))]
+    seen = {block for view in found for block in view.blocks}
+    staged = [view for path, owner in module.named_modules() if (view := _staged(module, path, owner, seen))]
+    yield from found
+    for view in staged:
+        inside = set(view.model.modules()) - {view.model}
+        if not any(other.model in inside for other in staged):
+            yield view
+
+
+def _known(module: nn.Module) -> Iterator[ViTView]:
+    """Yield the ViTs of classes that are known by name."""
     under_heads: set[nn.Module] = set()
     for path, model in module.named_modules():
         inside = path_to_vit(model)
-        if inside is None:
-            for name, container in model.named_children():
-                if _is_supported(container) and isinstance(getattr(model, "num_prefix_tokens", None), int):
-                    yield _view(module, model, path, model, name)
-        elif model not in under_heads:
-            trunk = model.get_submodule(inside)
-            under_heads.add(trunk)
-            row = vit_row(trunk)
-            assert row is not None
-            blocks = f"{inside}.{row.blocks}" if inside else row.blocks
-            if _is_supported(model.get_submodule(blocks)):
-                yield _view(module, model, path, trunk, blocks)
+        if inside is None or model in under_heads:
+            continue
+        trunk = model.get_submodule(inside)
+        under_heads.add(trunk)
+        row = vit_row(trunk)
+        assert row is not None
+        blocks_path = f"{inside}.{row.blocks}" if inside else row.blocks
+        container = model.get_submodule(blocks_path)
+        if _is_supported(container):
+            before, after = _beside(model, blocks_path)
+            blocks = list(container.children())
+            yield _view(module, path, model, blocks_path, blocks, (*before, container, *after), after, trunk)
 
 
-def _view(module: nn.Module, model: nn.Module, path: str, trunk: nn.Module, blocks_in_model: str) -> ViTView:
-    before, after = _beside(model, blocks_in_model)
-    container = model.get_submodule(blocks_in_model)
-    blocks = tuple(container.children())
-    if isinstance(given := getattr(model, "num_prefix_tokens", None), int):
-        prefix, has_class_token = given, _has_class_token(model)
-    else:
-        prefix, has_class_token = num_prefix_tokens(trunk)
+def _plain(module: nn.Module, path: str, owner: nn.Module) -> Iterator[ViTView]:
+    """Yield the ViTs that have one list of blocks in ``owner``."""
+    for name, container in owner.named_children():
+        if _is_supported(container) and isinstance(getattr(owner, "num_prefix_tokens", None), int):
+            _, after = _beside(owner, name)
+            yield _view(module, path, owner, name, list(container.children()), tuple(owner.children()), after, owner)
+
+
+def _staged(module: nn.Module, path: str, owner: nn.Module, seen: Set[nn.Module]) -> ViTView | None:
+    """Find the ViT whose blocks lie anywhere in ``owner``, which has timm's ``forward_features``."""
+    if not hasattr(owner, "forward_features"):
+        return None
+    found = [module for module in owner.modules() if module not in seen and spec_of(module)]
+    inside = {child for block in found for child in block.modules() if child is not block}
+    blocks = [block for block in found if block not in inside]
+    holders = [name for name, child in owner.named_children() if not set(blocks).isdisjoint(child.modules())]
+    if not blocks:
+        return None
+    _, after = _beside(owner, holders[-1])
+    view = _view(module, path, owner, holders[0], blocks, tuple(owner.children()), after, owner)
+    if view.keeps_tokens:
+        return view
+    if any(_is_supported(module) and set(module.children()) == set(blocks) for module in owner.modules()):
+        return None
+    return replace(view, keeps_tokens="lie in several stages, between which patches are laid out as an image")
+
+
+def _view(
+    module: nn.Module,
+    path: str,
+    model: nn.Module,
+    blocks_path: str,
+    blocks: Sequence[nn.Module],
+    parts: Sequence[nn.Module],
+    after: Sequence[nn.Module],
+    trunk: nn.Module,
+) -> ViTView:
+    """Describe the ViT ``model`` at ``path`` of ``module``; ``after`` are those of its parts that follow the blocks."""
+    after = [part for part in after if any(True for _ in part.parameters())]
+    specs = tuple(spec for spec in map(spec_of, blocks) if spec)
+    prefix, has_class_token = prefix_of(trunk)
     return ViTView(
         model=model,
         path=path,
         trunk=trunk,
-        blocks_path=f"{path}.{blocks_in_model}" if path else blocks_in_model,
-        blocks=blocks,
-        specs=tuple(spec for spec in map(spec_of, blocks) if spec),
+        blocks_path=f"{path}.{blocks_path}" if path else blocks_path,
+        blocks=tuple(blocks),
+        specs=specs,
         num_prefix_tokens=prefix,
         has_class_token=has_class_token,
-        norms=tuple(part for part in after if _has_parameters(part) and _is_norm(part)),
-        heads=tuple(part for part in after if _has_parameters(part) and not _is_norm(part)),
-        parts=(*before, container, *after),
-        reads_prefix_alone=has_class_token and (reads_prefix_alone(model) or _pools_class_token(model)),
+        norms=tuple(part for part in after if _is_norm(part)),
+        heads=tuple(part for part in after if not _is_norm(part)),
+        parts=tuple(parts),
+        reads_prefix_alone=has_class_token and reads_prefix_alone(model),
         places=_places(module, path, trunk, len(blocks)),
+        keeps_tokens=next((spec.keeps_tokens for spec in specs if spec.keeps_tokens), ""),
     )
 
 
@@ -112,10 +160,6 @@ def _beside(model: nn.Module, path: str) -> tuple[list[nn.Module], list[nn.Modul
         after = [child for _, child in children[position + 1 :]] + after
         model = model.get_submodule(name)
     return before, after
-
-
-def _pools_class_token(model: nn.Module) -> bool:
-    return getattr(model, "global_pool", None) == "token" and getattr(model, "attn_pool", None) is None
 
 
 def _places(module: nn.Module, path: str, trunk: nn.Module, depth: int) -> Places | None:
@@ -133,7 +177,7 @@ def _below(module: nn.Module, path: str, views: list[ViTView]) -> list[ViTView]:
             f"vit={path!r} names no module of {type(module).__name__}; Vision Transformers found: {found}."
         )
     inside = set(names[path].modules())
-    return [view for view in views if names[view.blocks_path] in inside]
+    return [view for view in views if not inside.isdisjoint((view.model, view.trunk, names[view.blocks_path]))]
 
 
 def _is_supported(container: nn.Module) -> bool:
@@ -141,17 +185,9 @@ def _is_supported(container: nn.Module) -> bool:
     return isinstance(container, _CONTAINERS) and bool(blocks) and all(spec_of(block) for block in blocks)
 
 
-def _has_parameters(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
-
-
-def _has_class_token(owner: nn.Module) -> bool:
-    says = getattr(owner, "has_class_token", None)
-    return says if isinstance(says, bool) else getattr(owner, "cls_token", None) is not None
-
-
 def _is_norm(module: nn.Module) -> bool:
-    return "Norm" in type(module).__name__
+    name = type(module).__name__
+    return "Norm" in name and "Head" not in name
 
 
 def _title(module: nn.Module, path: str | None) -> str:

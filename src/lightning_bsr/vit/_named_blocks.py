@@ -1,4 +1,4 @@
-"""The rows of block classes that are not imported here: those of torchvision, and of transformers, which is optional."""
+"""The rows of block classes that go by their names: those of torchvision and, as it is optional, of transformers."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -144,10 +144,12 @@ def path_to_vit(module: nn.Module) -> str | None:
 
 
 def reads_prefix_alone(module: nn.Module) -> bool:
-    """Whether the known ``module`` gives nothing but what it makes of the ViT's prefix tokens."""
+    """Whether ``module`` is known to give nothing but what it makes of its ViT's prefix tokens."""
     row = _row(module)
+    if row is None:
+        return getattr(module, "global_pool", None) == "token" and getattr(module, "attn_pool", None) is None
     # A subclass may do something else in its forward.
-    if row is None or _ROWS.get(full_name(defines_forward(module))) is not row:
+    if _ROWS.get(full_name(defines_forward(module))) is not row:
         return False
     return row.reads_prefix(module) if isinstance(row, HeadRow) else row.reads_prefix
 
@@ -166,8 +168,12 @@ def places_read_by(module: Any, depth: int) -> Places | None:
     return Places(f"{type(module).__name__} {does}", blocks)
 
 
-def num_prefix_tokens(vit: nn.Module) -> tuple[int, bool]:
-    """Count the tokens that come before the patch tokens of a known ViT, and say whether there is a class token."""
+def prefix_of(vit: nn.Module) -> tuple[int, bool]:
+    """Count the tokens that come before the patch tokens of a ViT, and say whether the first is a class token."""
+    if vit_row(vit) is None:
+        given, says = getattr(vit, "num_prefix_tokens", None), getattr(vit, "has_class_token", None)
+        has_class_token = says if isinstance(says, bool) else getattr(vit, "cls_token", None) is not None
+        return given if isinstance(given, int) else 0, has_class_token
     holder = getattr(vit, "embeddings", vit)
     names = ("cls_token", "class_embedding", "class_token")
     has_class_token = any(getattr(holder, name, None) is not None for name in names)

@@ -30,6 +30,7 @@ class ViTView:
         parts: What ``model`` consists of: the list of blocks, and what stands beside it or beside what holds it.
         reads_prefix_alone: Whether ``model`` is known to give nothing but what it makes of the prefix tokens.
         places: What in or around ``model`` is known to look for each patch token in its place.
+        keeps_tokens: Why tokens cannot be dropped, as the end of a sentence about the blocks; empty where they can.
 
     Example:
         >>> import timm
@@ -52,12 +53,23 @@ class ViTView:
     parts: tuple[nn.Module, ...]
     reads_prefix_alone: bool
     places: Places | None
+    keeps_tokens: str = ""
 
     @property
     def name(self) -> str:
         """The ViT as messages call it, such as ``ViT 'model' (VisionTransformer)``."""
         where = f"ViT {self.path!r}" if self.path else "ViT"
         return f"{where} ({type(self.model).__name__})"
+
+    def check_drops_tokens(self) -> None:
+        """Check that tokens can be dropped.
+
+        Raises:
+            ConfigurationError: If they cannot; the message says why.
+        """
+        if self.keeps_tokens:
+            kind = type(self.blocks[0]).__name__
+            raise ConfigurationError(f"The {self.name} drops no tokens: its blocks ({kind}) {self.keeps_tokens}.")
 
     @property
     def num_patch_tokens(self) -> int | None:
