@@ -139,7 +139,7 @@ def _take_rows(
 def take_mask(mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Give each sample the rows and columns of its tokens, of a mask or a bias of all tokens.
 
-    A fused token has no position: nothing is added to its attention, and what no token may attend it may not either.
+    A fused token has no position: nothing is added to its attention, but what no token may attend, it may not either.
 
     Args:
         mask: Bool or float, ``[1 or N, N]``, or that with heads or with a batch and heads before.
@@ -154,24 +154,32 @@ def take_mask(mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
                   [0., 0.]]]])
     """
     mask = mask[(None,) * (4 - mask.ndim)]
-    if mask.dtype == torch.bool:
-        row = mask.any(dim=-2, keepdim=True)
-        column = torch.ones_like(mask[..., :1])
-    else:
-        least = torch.finfo(mask.dtype).min
-        row = torch.where(mask.detach().amax(dim=-2, keepdim=True) > least / 2, 0.0, least).to(mask.dtype)
-        column = torch.zeros_like(mask[..., :1])
+    row, column = _neutral(mask, -2), _neutral(mask, -1)
     mask = torch.cat([mask, column], dim=-1)
     positions = positions.clamp(max=mask.shape[-1] - 1)
     columns = positions.unsqueeze(1)
     rows = torch.zeros_like(columns[:, :, :1])
     if mask.shape[-2] > 1:
-        mask = torch.cat([mask, torch.cat([row, column[..., :1, :]], dim=-1)], dim=-2)
+        corner = torch.ones_like(row[..., :1]) if mask.dtype == torch.bool else torch.zeros_like(row[..., :1])
+        mask = torch.cat([mask, torch.cat([row, corner], dim=-1)], dim=-2)
         rows = positions.unsqueeze(2)
     if len(mask) == 1:
         return mask[0][:, rows, columns].transpose(0, 1)
     batch = torch.arange(len(mask), device=mask.device).view(-1, 1, 1)
     return mask[batch, :, rows, columns].permute(0, 3, 1, 2)
+
+
+def _neutral(mask: torch.Tensor, dim: int) -> torch.Tensor:
+    """Make a row or column that adds nothing, and allows nothing where all the others allow nothing."""
+    if mask.dtype == torch.bool:
+        return mask.any(dim=dim, keepdim=True)
+    highest = mask.detach().amax(dim=dim, keepdim=True)
+    return torch.zeros_like(highest).masked_fill(is_masked(highest), torch.finfo(mask.dtype).min)
+
+
+def is_masked(mask: torch.Tensor) -> torch.Tensor:
+    """Say where a mask, bool or added, allows no attention."""
+    return ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
 
 
 def keep_valid(valid: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Scores of patch tokens, from the queries and keys of one attention layer."""
 
-from collections.abc import Sequence
-
 import torch
+
+from lightning_bsr.functional._positions import is_masked
 
 
 def cls_scores(
@@ -34,9 +34,8 @@ def cls_scores(
         # A product of matrices may differ in the last bit with the image's place in the batch; what frozen blocks give
         # may be stored, and must not.
         row = (q[:, :, :1] * k).sum(dim=-1) * scale
-    if mask is not None:
-        row = _mask(row.unsqueeze(2), mask[..., :1, :]).squeeze(2)
-    return row.softmax(dim=-1)[:, :, num_prefix_tokens:].mean(dim=1)
+    attention = _softmax(row.unsqueeze(2), None if mask is None else mask[..., :1, :]).squeeze(2)
+    return attention[:, :, num_prefix_tokens:].mean(dim=1)
 
 
 def mean_scores(
@@ -50,7 +49,8 @@ def mean_scores(
 ) -> torch.Tensor:
     """Score each patch token by the attention that it receives, mean over heads and queries.
 
-    For models without a class token. The N x N matrix is never held: queries are taken ``chunk_size`` at a time.
+    For models without a class token. The N x N matrix is never held: queries are taken ``chunk_size`` at a time. A
+    token that no token may attend, such as padding, does not count as a query.
 
     Args:
         q: Queries ``[B, H, N, D]``.
@@ -70,13 +70,18 @@ def mean_scores(
     """
     keys = k.transpose(-2, -1)
     parts = torch.split(q, chunk_size, dim=2)
-    masks = _parts(mask, chunk_size, len(parts))
+    if mask is None:
+        received = sum(((part * scale) @ keys).softmax(dim=-1).sum(dim=(1, 2)) for part in parts)
+        assert isinstance(received, torch.Tensor)
+        return received[:, num_prefix_tokens:] / (q.shape[1] * q.shape[2])
+    masks = [mask] * len(parts) if mask.shape[-2] == 1 else torch.split(mask, chunk_size, dim=-2)
+    asks = (~is_masked(mask)).any(dim=-2).expand(q.shape[:3])
     received = sum(
-        _mask((part * scale) @ keys, its_mask).softmax(dim=-1).sum(dim=(1, 2))
-        for part, its_mask in zip(parts, masks, strict=True)
+        (_softmax((part * scale) @ keys, its_mask) * its_asks.unsqueeze(-1)).sum(dim=(1, 2))
+        for part, its_mask, its_asks in zip(parts, masks, torch.split(asks, chunk_size, dim=2), strict=True)
     )
     assert isinstance(received, torch.Tensor)
-    return received[:, num_prefix_tokens:] / (q.shape[1] * q.shape[2])
+    return received[:, num_prefix_tokens:] / asks.sum(dim=(1, 2)).unsqueeze(1)
 
 
 def random_scores(x: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
@@ -100,14 +105,10 @@ def random_scores(x: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
     return (scores / scores.sum(dim=1, keepdim=True))[:, num_prefix_tokens:]
 
 
-def _parts(mask: torch.Tensor | None, chunk_size: int, count: int) -> Sequence[torch.Tensor | None]:
-    """Split a mask as its queries are split; it may have one row for all."""
-    if mask is None or mask.shape[-2] == 1:
-        return [mask] * count
-    return torch.split(mask, chunk_size, dim=-2)
-
-
-def _mask(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _softmax(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     if mask is None:
-        return logits
-    return logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+        return logits.softmax(dim=-1)
+    if mask.dtype != torch.bool:
+        logits = logits + mask
+    # Not infinite, so that a row in which all is masked holds numbers.
+    return logits.masked_fill(is_masked(mask), torch.finfo(logits.dtype).min).softmax(dim=-1)
