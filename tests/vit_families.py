@@ -1,9 +1,10 @@
-"""Tiny ViTs of torchvision and transformers, each with its forward in steps that hold the whole attention matrix."""
+"""Tiny ViTs of timm, torchvision and transformers, and one slow forward for all, with the whole attention matrix."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import timm
 import torch
 from torch import nn
 from torchvision.models import VisionTransformer
@@ -67,6 +68,20 @@ def _torchvision() -> Family:
         lambda x: model.heads(model.encoder.ln(x)[:, 0]),
         ("ln_1", "self_attention", "", "ln_2", ""),
     )
+
+
+def _timm() -> Family:
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=SIZE, patch_size=PATCH, embed_dim=48, depth=DEPTH, num_heads=3, num_classes=4, reg_tokens=2
+    )
+
+    def embed(images):
+        return model._pos_embed(model.patch_embed(images))
+
+    def finish(x):
+        return model.forward_head(model.norm(x))
+
+    return Family(model, model.blocks, embed, finish, ("norm1", "attn", "", "norm2", ""), prefix=3)
 
 
 _VIT = ("layernorm_before", "attention", "", "layernorm_after", "")
@@ -210,6 +225,7 @@ def _siglip2() -> Family:
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {
+    "timm": _timm,
     "torchvision": _torchvision,
     "vit": _vit("ViT", "vit"),
     "deit": _vit("DeiT", "deit", "ForImageClassificationWithTeacher", prefix=2),
@@ -295,13 +311,15 @@ def _attend(
     if made.rope is not None:
         q, k = (_rotated(t, *made.rope(), places, made.prefix) for t in (q, k))
     matrix = (q @ k.mT * q.shape[-1] ** -0.5 + _bias(made.bias(layer), places)).softmax(dim=-1)
-    out = attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj
+    out = next(getattr(attention, name) for name in ("o_proj", "out_proj", "proj") if hasattr(attention, name))
     return _scale(layer, made.branches[2], out((matrix @ v).transpose(0, 1).flatten(1))), matrix
 
 
 def _qkv(attention: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if isinstance(attention, nn.MultiheadAttention):
         return (x @ attention.in_proj_weight.mT + attention.in_proj_bias).chunk(3, dim=-1)
+    if hasattr(attention, "qkv"):
+        return attention.qkv(x).chunk(3, dim=-1)
     return attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
 
 

@@ -186,7 +186,7 @@ class PositionsForward(BlockForward):
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         x, positions = split_positions(x, self.width)
-        given: dict[str | int, Any] = {**dict[str | int, Any](enumerate(args)), **kwargs}
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         if positions is not None:
             patches = positions[:, self.num_prefix_tokens :] - self.num_prefix_tokens
             taken = {key: self._take(key, value, patches) for key, value in given.items()}
@@ -207,7 +207,7 @@ class PositionsForward(BlockForward):
             self.seen.append(positions)
         return y if self.is_end or positions is None else join_positions(y, positions)
 
-    def _has_tables(self, given: dict[str | int, Any]) -> bool:
+    def _has_tables(self, given: Mapping[str | int, Any]) -> bool:
         return any(value is not None and key in self._tables for key, value in given.items())
 
     def _take(self, key: str | int, value: Any, patches: torch.Tensor) -> Any:

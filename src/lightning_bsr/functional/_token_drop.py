@@ -147,7 +147,7 @@ def install_token_drop(
             replaced. Nothing has changed then.
 
     Example:
-        >>> import timm
+        >>> import timm, torch
         >>> model = timm.create_model("test_vit", num_classes=10)
         >>> handle = install_token_drop(model, [1, 3], 0.5)
         >>> print(handle)

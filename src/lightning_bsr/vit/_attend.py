@@ -18,7 +18,7 @@ def call_attention(attention: nn.Module, x: torch.Tensor, *args: Any, **kwargs: 
     """
     if isinstance(attention, nn.MultiheadAttention):
         return _multihead(attention, x)
-    out = attention(x, *args, **kwargs)
+    out: torch.Tensor | tuple[torch.Tensor, ...] = attention(x, *args, **kwargs)
     return out[0] if isinstance(out, tuple) else out
 
 
