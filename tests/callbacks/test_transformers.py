@@ -3,7 +3,6 @@
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from torch import nn
 
 from lightning_bsr import ActivationMemoryMonitor, BlockSelect, LeanActivations, TokenDrop
 from vit_families import COMMON
@@ -67,27 +66,23 @@ class TwoTowers(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-class Tokens(nn.Module):
-    """Notes how many tokens come out of each block, and whose forward computed them."""
-
-    def __init__(self, layers):
-        super().__init__()
-        self.seen = []
-        for layer in layers:
-            layer.register_forward_hook(
-                lambda block, _, out: self.seen.append((out.shape[1], "forward" in vars(block)))
-            )
+def watched(layers):
+    """Note how many tokens come out of each block, and whether it had its forward replaced."""
+    seen = []
+    for layer in layers:
+        layer.register_forward_hook(lambda block, _, out: seen.append((out.shape[1], "forward" in vars(block))))
+    return seen
 
 
 def test_fit__of_clip_touches_its_vision_tower_alone(make_trainer, images):
     module = TwoTowers()
-    vision, text = (Tokens(getattr(module.model, name).encoder.layers) for name in ("vision_model", "text_model"))
+    vision, text = (watched(getattr(module.model, name).encoder.layers) for name in ("vision_model", "text_model"))
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     trainer = make_trainer(BlockSelect([1, 3]), TokenDrop([1, 2], 0.5), limit_train_batches=1)
     trainer.fit(module, images.train_dataloader())
     changed = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
-    assert vision.seen == [(17, False), (10, True), (7, True), (7, True)]
-    assert text.seen == [(6, False)] * 4
+    assert vision == [(17, False), (10, True), (7, True), (7, True)]
+    assert text == [(6, False)] * 4
     in_vision = {name.split(".")[4] for name in changed if name.startswith("model.vision_model.encoder.")}
     in_text = {name.split(".")[4] for name in changed if name.startswith("model.text_model.encoder.")}
     assert (in_vision, in_text) == ({"1", "3"}, {"0", "1", "2", "3"})
@@ -97,6 +92,6 @@ def test_fit__of_clip_touches_its_vision_tower_alone(make_trainer, images):
 def test_token_drop__hands_restore_on(make_trainer, images, restore):
     drop = TokenDrop([1], 0.5, restore=restore)
     module = Classifier()
-    counts = Tokens(module.model.vit.layers)
+    counts = watched(module.model.vit.layers)
     make_trainer(drop, limit_train_batches=1).fit(module, images.train_dataloader())
-    assert counts.seen[-1][0] == (17 if restore else 10)
+    assert counts[-1][0] == (17 if restore else 10)

@@ -145,7 +145,7 @@ class _Walk(TorchFunctionMode):
             else:
                 stack.callback(self._view.blocks[-1].register_forward_hook(self._reached).remove)
             for attention in self._heads:
-                stack.callback(attention.register_forward_pre_hook(self._enter_attention).remove)
+                stack.callback(attention.register_forward_pre_hook(self._enter_attention, with_kwargs=True).remove)
                 stack.callback(attention.register_forward_hook(self._leave_attention).remove)
             yield
 
@@ -176,8 +176,8 @@ class _Walk(TorchFunctionMode):
     def _reached(self, *_: Any) -> None:
         self._backward_reaches = True
 
-    def _enter_attention(self, attention: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
+    def _enter_attention(self, attention: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
         if self._backward_reaches:
             self._kept += self._heads[attention] * x.shape[1] ** 2 + 3 * x.numel()
         self._residual = x.numel()
@@ -228,6 +228,10 @@ def _image_shape(view: ViTView, image_size: int | tuple[int, int] | None) -> tup
 
 
 def _num_heads(view: ViTView, attention: nn.Module) -> int:
+    if isinstance(attention, nn.MultiheadAttention):
+        raise ConfigurationError(
+            f"The attention of the {view.name} is torch's MultiheadAttention, of which the formula sees no layers."
+        )
     for name in ("num_heads", "num_attention_heads"):
         count = getattr(attention, name, None)
         if isinstance(count, int):
