@@ -170,7 +170,7 @@ def test_install_token_drop__pool_of_neighbours():
         install_token_drop(model, [0], RATE)
     assert str(error.value) == (
         "The ViT (Qwen3VitEncoder) has global_pool='merge', which joins neighbouring patches and needs all of them; "
-        "drop no tokens, or build it with global_pool='avg'."
+        "drop no tokens, or build it without that."
     )
     assert "forward" not in vars(model.blocks[0])
 

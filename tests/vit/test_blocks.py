@@ -89,8 +89,8 @@ def test_register_block__errors_of_branches_and_tables():
     for arguments, message in (
         (
             {"attn": ["mixer"], "mlp": [], "self_attention": "mixer"},
-            "register_block was given attn=['mixer'] and mlp=[]; name the attributes of both branches, or of none for a "
-            "block that is only run whole.",
+            "register_block was given attn=['mixer'] and mlp=[]; name the attributes of both branches, or of none "
+            "for a block that is only run whole.",
         ),
         (
             {"attn": [], "mlp": [], "tables": [TokenTable("rope", neutral=(0.0, 1.0))]},

@@ -53,7 +53,7 @@ def find_vit(module: nn.Module, path: str | None = None) -> ViTView:
 
 def _vits(module: nn.Module) -> Iterator[ViTView]:
     plain = [view for path, owner in module.named_modules() for view in _plain(path, owner)]
-    seen = {block for view in plain for block in view.blocks}
+    seen = {module for view in plain for block in view.blocks for module in block.modules()}
     staged = [view for path, owner in module.named_modules() if (view := _staged(path, owner, seen))]
     yield from plain
     for view in staged:
