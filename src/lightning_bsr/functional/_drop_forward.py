@@ -186,29 +186,26 @@ class PositionsForward(BlockForward):
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         x, positions = split_positions(x, self.width)
-        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        positioned = any(
+            value is not None and key in self._tables for key, value in (*enumerate(args), *kwargs.items())
+        )
         if positions is not None:
             patches = positions[:, self.num_prefix_tokens :] - self.num_prefix_tokens
-            taken = {key: self._take(key, value, patches) for key, value in given.items()}
-            args, kwargs = tuple(taken[place] for place in range(len(args))), {name: taken[name] for name in kwargs}
+            args = tuple(self._take(place, value, patches) for place, value in enumerate(args))
+            kwargs = {name: self._take(name, value, patches) for name, value in kwargs.items()}
         if isinstance(self.inner, TokenDropForward):
             y, drop = self.inner.run(positions, x, *args, **kwargs)
         else:
             with_masks = PositionedMasks(positions)
             with with_masks:
                 y, drop = self.call_inner(x, *args, **kwargs), None
-        if drop is not None and (
-            positions is not None or drop.masked or drop.gone is not None or self._has_tables(given)
-        ):
+        if drop is not None and (positions is not None or positioned or drop.masked or drop.gone is not None):
             if positions is None:
                 positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
             positions = drop_positions(positions, drop.kept, self.num_prefix_tokens, fused=drop.fused, gone=drop.gone)
         if self.seen is not None:
             self.seen.append(positions)
         return y if self.is_end or positions is None else join_positions(y, positions)
-
-    def _has_tables(self, given: Mapping[str | int, Any]) -> bool:
-        return any(value is not None and key in self._tables for key, value in given.items())
 
     def _take(self, key: str | int, value: Any, patches: torch.Tensor) -> Any:
         return take_table(value, self._tables[key], patches) if key in self._tables and value is not None else value

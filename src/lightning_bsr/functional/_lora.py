@@ -137,7 +137,8 @@ def _target_paths(view: ViTView, targets: Sequence[str] | None) -> list[str]:
         available |= set(layers)
         for name, layer in layers.items():
             if targets is None:
-                matches = {spec.self_attention} if name.startswith(f"{spec.self_attention}.") else set()
+                inside = spec.is_one_branch or name.startswith(f"{spec.self_attention}.")
+                matches = {spec.self_attention} if inside else set()
             else:
                 matches = {target for target in targets if f".{name}".endswith(f".{target}")}
             missing -= matches

@@ -42,8 +42,10 @@ class PrefixForward(BlockForward):
         if prefix.suspended or torch.compiler.is_compiling() or isinstance(x, FakeTensor):
             return self.call_inner(x, *args, **kwargs)
         if self.block is prefix.blocks[0]:
-            # A mask is not part of a sample's key.
-            prefix.begin(x, usable=not args and not kwargs)
+            # A mask or a table of positions is not part of a sample's key.
+            prefix.begin(
+                x, usable=not any(value is not None and value is not False for value in (*args, *kwargs.values()))
+            )
         if not prefix.skips:
             x = self.call_inner(x, *args, **kwargs)
         return prefix.end(x) if self.block is prefix.blocks[-1] else x
@@ -149,7 +151,7 @@ def install_prefix_cache(
     What is stored belongs to the weights and settings of the prefix, the tokens dropped in it, the autocast dtype, the
     device and the version of torch; when one of these changes, it is forgotten. Install it after
     :func:`select_blocks_`. Forward hooks on blocks of the prefix see wrong tokens where blocks are skipped.
-    ``forward_intermediates``, compiled code and calls with an attention mask run uncached.
+    ``forward_intermediates``, compiled code and calls with an attention mask or with rotary embeddings run uncached.
 
     Args:
         module: Any module that holds a ViT.

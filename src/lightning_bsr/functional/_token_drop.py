@@ -122,7 +122,11 @@ def install_token_drop(
     In each of ``blocks``, after the attention's residual and before the MLP, the ``ceil(keep_rate * patches)`` patch
     tokens of the highest scores go on; the others are dropped, or fused into one token (arXiv 2405.10951). Prefix
     tokens are never dropped. The defaults are exactly the published semantics. ``keep_rate=1`` leaves a block exactly
-    as it is.
+    as it is. A block that computes attention and MLP in one branch drops at its output.
+
+    What later blocks are given for each position, such as rotary embeddings, attention masks and relative-position
+    biases, is looked up for the tokens that are left. For that, tokens carry their positions in two more channels from
+    one block to the next. A fused token has no position: its rotation is by no angle and its bias is zero.
 
     Args:
         module: Any module that holds a ViT.

@@ -1,5 +1,6 @@
 """The table of block classes, with a row for each that is known, and how users add theirs."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -102,6 +103,7 @@ def register_block(
     attn: Sequence[str],
     mlp: Sequence[str],
     self_attention: str = "attn",
+    tables: Sequence[TokenTable] = (),
 ) -> None:
     """Teach the package a block class of your own.
 
@@ -110,15 +112,23 @@ def register_block(
     blocks must have an integer ``num_prefix_tokens`` (class, distillation and register tokens, which come first)
     and, if the first of them is a class token, a ``cls_token`` that is not ``None``.
 
+    A block that computes something else, such as both branches in one, is registered with ``attn=[]`` and ``mlp=[]``:
+    it is only ever run whole, and drops tokens at its output.
+
     Args:
         block_class: The class whose ``forward`` the row describes; a subclass that overrides ``forward`` needs a
             row of its own.
-        attn: Attribute names of the attention branch, in the order they are applied.
+        attn: Attribute names of the attention branch, in the order they are applied. A module is called, a parameter or
+            a number multiplied, ``None`` skipped; of a ``ModuleList`` the results are added.
         mlp: Attribute names of the MLP branch, in the order they are applied.
-        self_attention: The name in ``attn`` that holds the self-attention.
+        self_attention: The name in ``attn`` that holds the self-attention. If it is a ``ModuleList``, the child
+            ``attn`` of each of its modules is the self-attention.
+        tables: The arguments of the block's forward that have a row for each patch token, such as rotary embeddings:
+            :class:`lightning_bsr.vit.TokenTable`. Masks and biases that reach the attention need no mention.
 
     Raises:
-        ConfigurationError: If ``self_attention`` is not in ``attn``, or ``block_class`` has no ``forward``.
+        ConfigurationError: If ``self_attention`` is not in ``attn``, only one branch is empty, ``block_class`` has no
+            ``forward``, or that has no argument of a table's name.
 
     Example:
         >>> from timm.models.vision_transformer import Block
@@ -128,17 +138,29 @@ def register_block(
         ...         return x + self.mlp(self.norm2(x))
         >>> register_block(MyBlock, attn=["norm1", "attn"], mlp=["norm2", "mlp"])
     """
+    name = block_class.__qualname__
     if "forward" not in vars(block_class):
         raise ConfigurationError(
-            f"register_block was given {block_class.__qualname__}, which defines no forward of its own; register the "
-            "class that does."
+            f"register_block was given {name}, which defines no forward of its own; register the class that does."
         )
-    if self_attention not in attn:
+    if bool(attn) != bool(mlp):
+        raise ConfigurationError(
+            f"register_block was given attn={list(attn)} and mlp={list(mlp)}; name the attributes of both branches, or "
+            "of none for a block that is only run whole."
+        )
+    if attn and self_attention not in attn:
         raise ConfigurationError(
             f"register_block was given self_attention={self_attention!r}, which is not in attn="
             f"{list(attn)}; name the attribute of the attention branch that holds the self-attention."
         )
-    _REGISTRY[block_class] = BlockSpec(tuple(attn), tuple(mlp), self_attention)
+    arguments = list(inspect.signature(block_class.forward).parameters)[2:]
+    for table in tables:
+        if table.name not in arguments:
+            raise ConfigurationError(
+                f"register_block was given a table {table.name!r}, but after the tokens the forward of {name} takes "
+                f"{', '.join(arguments) or 'nothing'}."
+            )
+    _REGISTRY[block_class] = BlockSpec(tuple(attn), tuple(mlp), self_attention, tuple(tables))
 
 
 def registered_blocks() -> list[str]:

@@ -62,7 +62,7 @@ def find_vit(module: nn.Module, path: str | None = None) -> ViTView:
 
 def _vits(module: nn.Module) -> Iterator[ViTView]:
     found = [*_known(module), *(view for path, owner in module.named_modules() for view in _plain(module, path, owner))]
-    seen = {block for view in found for block in view.blocks}
+    seen = {part for view in found for block in view.blocks for part in block.modules()}
     staged = [view for path, owner in module.named_modules() if (view := _staged(module, path, owner, seen))]
     yield from found
     for view in staged:
