@@ -25,9 +25,9 @@ from lightning_bsr.functional import (
     select_blocks_,
     train_biases_,
 )
+from lightning_bsr.functional._drop_forward import Score
 from lightning_bsr.functional._installed import BlockChoice, trained_share
 from lightning_bsr.functional._select import Part
-from lightning_bsr.functional._token_drop import Score
 from lightning_bsr.memory import BudgetKind, Configuration
 from lightning_bsr.memory._configuration import InstalledConfiguration
 from lightning_bsr.vit import ViTView, find_vit
@@ -132,11 +132,10 @@ def _token_drop_only(
     drop_blocks: Sequence[int] | None = None,
     keep_rate: float | Sequence[float] = 0.7,
     fuse: bool = True,
-    score: Score | None = None,
+    score: Score = "auto",
 ) -> Parts:
     view = find_vit(module, vit)
     at = _quarters(view) if drop_blocks is None else drop_blocks
-    score = score or ("cls" if view.has_class_token else "mean")
     yield install_token_drop(module, at, keep_rate, fuse=fuse, score=score, vit=vit)
 
 
@@ -147,7 +146,7 @@ def _token_drop(
     drop_blocks: Sequence[int] | None = None,
     keep_rate: float | Sequence[float] = 0.7,
     fuse: bool = True,
-    score: Score | None = None,
+    score: Score = "auto",
 ) -> Parts:
     yield FullTraining(module, vit)
     yield from _token_drop_only(module, vit, drop_blocks=drop_blocks, keep_rate=keep_rate, fuse=fuse, score=score)
@@ -168,7 +167,7 @@ def _bsr(
     drop_blocks: Sequence[int] | None = None,
     keep_rate: float | Sequence[float] = 0.5,
     fuse: bool = True,
-    score: Score | None = None,
+    score: Score = "auto",
 ) -> Parts:
     yield select_blocks_(module, blocks, vit=vit)
     yield from _token_drop_only(module, vit, drop_blocks=drop_blocks, keep_rate=keep_rate, fuse=fuse, score=score)
@@ -182,7 +181,7 @@ def _bsr_evaluation(
     drop_blocks: Sequence[int] | None = None,
     keep_rate: float | Sequence[float] = 0.5,
     fuse: bool = True,
-    score: Score | None = None,
+    score: Score = "auto",
 ) -> Parts:
     yield from _token_drop_only(module, vit, drop_blocks=drop_blocks, keep_rate=keep_rate, fuse=fuse, score=score)
 

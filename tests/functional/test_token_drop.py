@@ -251,13 +251,15 @@ def test_install_token_drop__errors_change_nothing(arguments, message, images):
 
 
 def test_install_token_drop__unknown_score():
-    with pytest.raises(ConfigurationError, match=re.escape("score is 'max', expected one of 'cls', 'mean', 'random'.")):
+    with pytest.raises(
+        ConfigurationError, match=re.escape("score is 'max', expected one of 'auto', 'cls', 'mean', 'random'.")
+    ):
         install_token_drop(tiny_vit(), [1], 0.5, score="max")
 
 
 def test_install_token_drop__no_class_token():
     with pytest.raises(ConfigurationError) as error:
-        install_token_drop(tiny_vit(class_token=False, global_pool="avg"), [1], 0.5)
+        install_token_drop(tiny_vit(class_token=False, global_pool="avg"), [1], 0.5, score="cls")
     assert str(error.value) == (
         "score is 'cls', but the ViT (VisionTransformer) has no class token; use score='mean' or score='random'."
     )
@@ -293,27 +295,75 @@ def test_install_token_drop__unfused_attention():
     )
 
 
-def test_forward__attention_without_one_sdpa_call(images):
-    diff_attention = pytest.importorskip("timm.layers.diff_attention", reason="added in timm 1.0.23")
+def test_forward__attention_without_an_sdpa_call(images):
     model = tiny_vit()
-    model.blocks[1].attn = diff_attention.DiffAttention(32, num_heads=2)
+    model.blocks[1].attn = nn.Linear(32, 32)
     install_token_drop(model, [1], 0.5)
     with pytest.raises(ConfigurationError) as error:
-        model(images)
+        model.blocks(torch.randn(2, 65, 32))
     assert str(error.value) == (
-        "Block 1 of the ViT (VisionTransformer) called scaled_dot_product_attention 2 times, expected once: its "
-        "attention (DiffAttention) gives no scores to drop tokens by; choose other blocks, or score='random'."
+        "Block 1 of the ViT (VisionTransformer) has an attention (Linear) that does not call "
+        "scaled_dot_product_attention with a query and a key for each token, so it gives no scores to drop tokens by; "
+        "choose other blocks, or score='random'."
     )
 
 
-def test_forward__attention_mask(images):
+def test_forward__attention_of_differences_is_scored_by_the_mean_of_its_calls(images):
+    diff_attention = pytest.importorskip("timm.layers.diff_attention", reason="added in timm 1.0.23")
+    model = tiny_vit(depth=2)
+    attention = model.blocks[0].attn = diff_attention.DiffAttention(32, num_heads=2)
+    x = torch.randn(2, 65, 32)
+    q, k, _ = attention.qkv(model.blocks[0].norm1(x)).chunk(3, -1)
+    q, k = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in (q, k))
+    scores = (q @ k.mT * 8**-0.5).softmax(-1).mean(1)[:, 0, 1:]
+    kept = scores.topk(32).indices.sort().values
+    whole = model.blocks[0](x)[:, 1:]
+    install_token_drop(model, [0], 0.5, fuse=False)
+    left = model.blocks[0](x)[:, 1:]
+    expected = whole.gather(1, kept[..., None].expand(-1, -1, 32))
+    order = torch.stack(
+        [(a[None] - b[:, None]).square().sum(-1).argmin(1) for a, b in zip(left, expected, strict=True)]
+    )
+    torch.testing.assert_close(left.gather(1, order[..., None].expand(-1, -1, 32)), expected)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_forward__attention_mask_is_that_of_the_tokens_left(kind, images):
+    """No token may attend to patch 7, which then has the lowest score; dropped alone, it changes nothing."""
+    model = tiny_vit().eval()
+    mask = torch.ones(65, 65, dtype=torch.bool)
+    mask[:, 7] = False
+    if kind == "float":
+        mask = torch.zeros(65, 65).masked_fill(~mask, float("-inf"))
+    out = model(images, attn_mask=mask)
+    handle = install_token_drop(model, [1, 3], [63 / 64, 1.0], fuse=False)
+    torch.testing.assert_close(model(images, attn_mask=mask), out)
+    handle.set_keep_rates({1: 0.5, 3: 0.5})
+    assert model(images, attn_mask=mask).isfinite().all()
+
+
+def test_forward__causal_attention(images):
     model = tiny_vit()
     install_token_drop(model, [1], 0.5)
     with pytest.raises(ConfigurationError) as error:
+        model(images, is_causal=True)
+    assert str(error.value) == (
+        "Block 1 of the ViT (VisionTransformer) attends causally, by the order of its tokens, which changes where "
+        "tokens are dropped; drop tokens only in a model that is called without is_causal."
+    )
+
+
+def test_forward__attention_mask_in_a_model_of_unknown_width(images):
+    model = tiny_vit()
+    del model.embed_dim
+    install_token_drop(model, [1], 0.5)
+    model(images)
+    with pytest.raises(ConfigurationError) as error:
         model(images, attn_mask=torch.zeros(65, 65))
     assert str(error.value) == (
-        "Block 1 of the ViT (VisionTransformer) was given an attention mask, which would not fit the tokens that are "
-        "left; drop tokens only in a model that is called without a mask."
+        "Block 1 of the ViT (VisionTransformer) has an attention mask or bias, which must be fitted to the tokens that "
+        "are left; give the module that owns the blocks an integer embed_dim, by which tokens can carry their "
+        "positions."
     )
 
 

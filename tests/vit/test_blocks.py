@@ -4,7 +4,9 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from lightning_bsr import ConfigurationError, register_block
-from lightning_bsr.vit import find_vit
+from lightning_bsr.functional import install_token_drop, select_blocks_
+from lightning_bsr.vit import TokenTable, find_vit
+from lightning_bsr.vit._blocks import _REGISTRY
 from plain_modules import tiny_vit
 
 
@@ -31,8 +33,10 @@ class Child(OwnBlock):
 
 
 class OverridingChild(OwnBlock):
+    inner = None
+
     def forward(self, x):
-        return x
+        return x if self.inner is None else self.inner(x)
 
 
 @pytest.fixture
@@ -79,3 +83,67 @@ def test_register_block__errors():
     assert str(error.value) == (
         "register_block was given Child, which defines no forward of its own; register the class that does."
     )
+
+
+def test_register_block__errors_of_branches_and_tables():
+    for arguments, message in (
+        (
+            {"attn": ["mixer"], "mlp": [], "self_attention": "mixer"},
+            "register_block was given attn=['mixer'] and mlp=[]; name the attributes of both branches, or of none "
+            "for a block that is only run whole.",
+        ),
+        (
+            {"attn": [], "mlp": [], "tables": [TokenTable("rope", neutral=(0.0, 1.0))]},
+            "register_block was given a table 'rope', but after the tokens the forward of OwnBlock takes nothing.",
+        ),
+    ):
+        with pytest.raises(ConfigurationError) as error:
+            register_block(OwnBlock, **arguments)
+        assert str(error.value) == message
+    assert OwnBlock not in _REGISTRY
+
+
+@pytest.mark.usefixtures("_registered")
+def test_register_block__whole_block_drops_at_its_output_and_is_selected_whole():
+    register_block(OverridingChild, attn=[], mlp=[])
+    model = tiny_vit(block_fn=OverridingChild)
+    for block in model.blocks:
+        block.inner = OwnBlock(32, 2)
+    install_token_drop(model, [1], 0.5)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 4)
+    with pytest.raises(ConfigurationError) as error:
+        select_blocks_(model, {1: "mlp"})
+    assert str(error.value) == (
+        "blocks[1] is 'mlp', but block 1 of the ViT (VisionTransformer) (OverridingChild) is known only as a whole; "
+        "expected 'all'."
+    )
+
+
+class RotatedBlock(Block):
+    """Takes a sine and a cosine as a tuple, by place."""
+
+    def forward(self, x, angles):
+        sine, cosine = angles
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+        x = x + self.attn(self.norm1(x * cosine + turned * sine))
+        return x + self.mlp(self.norm2(x))
+
+
+@pytest.mark.usefixtures("_registered")
+def test_register_block__tables_follow_the_tokens():
+    register_block(RotatedBlock, attn=[], mlp=[], tables=[TokenTable("angles", neutral=(0.0, 1.0), per_head=False)])
+    model = tiny_vit(block_fn=RotatedBlock, class_token=False, global_pool="avg", depth=3)
+    angles = torch.rand(64, 32)
+    x = torch.randn(2, 64, 32)
+    install_token_drop(model, [0, 1], 0.5, fuse=False)
+    seen = []
+    model.blocks[2].norm1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    first = model.blocks[0](x, (angles.sin(), angles.cos()))
+    positions = first[..., 32:].long() @ torch.tensor([256, 1])
+    second = model.blocks[1](first, (angles.sin(), angles.cos()))
+    left = second[..., 32:].long() @ torch.tensor([256, 1])
+    model.blocks[2](second, (angles.sin(), angles.cos()))
+    assert all(set(kept.tolist()) < set(before.tolist()) for kept, before in zip(left, positions, strict=True))
+    y, table = second[..., :32], angles[left]
+    turned = torch.stack([-y[..., 1::2], y[..., ::2]], -1).flatten(-2)
+    torch.testing.assert_close(seen[0], y * table.cos() + turned * table.sin())

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import Block
 from torch import nn
 
 from lightning_bsr import ConfigurationError
+from lightning_bsr.functional import install_token_drop, select_blocks_
 from lightning_bsr.vit import find_vit, registered_blocks
 from plain_modules import PlainModule, tiny_vit
 
@@ -114,13 +116,64 @@ def test_find_vit__path_to_no_vit():
 
 
 def test_find_vit__unsupported_blocks_are_named():
-    model = nn.ModuleDict({"backbone": timm.create_model("eva02_tiny_patch14_224")})
+    class OwnBlock(Block):
+        def forward(self, x):
+            return x
+
     with pytest.raises(ConfigurationError) as error:
-        find_vit(model)
+        find_vit(nn.ModuleDict({"backbone": tiny_vit(block_fn=OwnBlock)}))
     assert str(error.value) == (
         "No supported Vision Transformer was found in ModuleDict. Found blocks that are not registered: "
-        f"'backbone.blocks' (12 x timm.models.eva.EvaBlock). {supported()}"
+        f"'backbone.blocks' (6 x {__name__}.{OwnBlock.__qualname__}). {supported()}"
     )
+
+
+STAGED = {
+    "swin_tiny_patch4_window7_224": (
+        "ViT (SwinTransformer)", "layers", 12,
+        "(SwinTransformerBlock) attend within windows or between neighbours of the image, so each patch must stay in "
+        "its place.",
+    ),
+    "pit_ti_224": (
+        "ViT (PoolingVisionTransformer)", "transformers", 12,
+        "(Block) lie in several stages, between which patches are laid out as an image.",
+    ),
+    "xcit_nano_12_p16_224": (
+        "ViT (Xcit)", "blocks", 12,
+        "(XCABlock) let channels attend to each other, not tokens, so no token has a score.",
+    ),
+    "cait_xxs24_224": (
+        "ViT (Cait)", "blocks", 24,
+        "(LayerScaleBlock) compute the whole attention matrix themselves, so no query and key can be seen to score "
+        "tokens by.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_find_vit__blocks_whose_tokens_stay(name):
+    title, path, depth, reason = STAGED[name]
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=10)
+    view = find_vit(nn.ModuleDict({"model": model}))
+    assert (view.path, view.blocks_path, len(view.blocks)) == ("model", f"model.{path}", depth)
+    selection = select_blocks_(model, [0, -1])
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(p) for i in (0, -1) for p in view.blocks[i].parameters()} < trained
+    assert {id(p) for p in model.get_classifier().parameters()} < trained
+    assert not trained & {id(p) for block in view.blocks[1:-1] for p in block.parameters()}
+    selection.remove()
+    with pytest.raises(ConfigurationError) as error:
+        install_token_drop(model, [1], 0.5)
+    assert str(error.value) == f"The {title} drops no tokens: its blocks {reason}"
+
+
+def test_find_vit__two_staged_models_need_a_path():
+    with torch.device("meta"):
+        module = nn.ModuleDict({name: timm.create_model("swin_tiny_patch4_window7_224") for name in "ab"})
+    with pytest.raises(ConfigurationError, match=r"holds 2 Vision Transformers: 'a' .SwinTransformer, 12 blocks.*'b'"):
+        find_vit(module)
+    assert find_vit(module, "b").model is module["b"]
 
 
 def test_find_vit__blocks_without_prefix_tokens():

@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.callbacks._attach import AttachingCallback
 from lightning_bsr.functional import TokenDropHandle, cosine_keep_rate, install_token_drop
-from lightning_bsr.functional._token_drop import Score
+from lightning_bsr.functional._drop_forward import Score
 
 
 class TokenDrop(AttachingCallback):
@@ -22,9 +22,12 @@ class TokenDrop(AttachingCallback):
         blocks: Indices of the blocks that drop; negative ones count from the end.
         keep_rate: The share of patch tokens that is kept, above 0 and at most 1; one, or one a block.
         fuse: Whether the dropped tokens go on as one, their sum weighted by the scores.
-        score: ``"cls"``, ``"mean"`` (for models without a class token) or ``"random"`` (a control).
+        score: ``"cls"``, ``"mean"``, ``"auto"`` (the first where there is a class token, else the second), or
+            ``"random"`` (a control).
         detach: Whether gradient is kept from flowing through the weights of the fused token.
         normalize: Whether the weights of the fused token are scaled to sum to 1.
+        restore: Whether the last block's output has all tokens again, in their order and without fused ones; a dropped
+            token comes back as it was when it was dropped.
         warmup_epochs: Over how many epochs of ``fit`` the keep rate falls from 1 to ``keep_rate``, along a half
             cosine, see :func:`lightning_bsr.functional.cosine_keep_rate`. Validation during these epochs drops as
             training does.
@@ -47,9 +50,10 @@ class TokenDrop(AttachingCallback):
         keep_rate: float | Sequence[float],
         *,
         fuse: bool = True,
-        score: Score = "cls",
+        score: Score = "auto",
         detach: bool = False,
         normalize: bool = False,
+        restore: bool = False,
         warmup_epochs: int = 0,
         vit: str | None = None,
     ) -> None:
@@ -62,6 +66,7 @@ class TokenDrop(AttachingCallback):
         self.score = score
         self.detach = detach
         self.normalize = normalize
+        self.restore = restore
         self.warmup_epochs = warmup_epochs
         self.vit = vit
 
@@ -75,6 +80,7 @@ class TokenDrop(AttachingCallback):
             score=self.score,
             detach=self.detach,
             normalize=self.normalize,
+            restore=self.restore,
             vit=self.vit,
         )
         self._final_rates = handle.keep_rates

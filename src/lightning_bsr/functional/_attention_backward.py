@@ -127,7 +127,7 @@ def _attention(
 class AttentionByProductsForward(BlockForward):
     """The forward of a block whose attention has its gradients by matrix products."""
 
-    rank = 3
+    rank = 5
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         mode = AttentionByProducts()

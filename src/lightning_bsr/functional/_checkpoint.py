@@ -1,13 +1,14 @@
 """Recomputes blocks of a ViT in the backward pass instead of keeping their activations."""
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_bsr.functional._capture import PositionedMasks, active_masks
 from lightning_bsr.functional._forward import PACKS, RECOMPUTES, BlockForward, Result
 from lightning_bsr.functional._installed import BlockChoice, BlockForwardsHandle, chosen_blocks
 from lightning_bsr.vit import find_vit
@@ -17,19 +18,29 @@ RECOMPUTE_OBSERVERS: list[Callable[[bool], None]] = []
 
 
 class RecomputeContext:
-    """Tells the observers when a recomputation begins and ends, also when it ends early by an exception."""
+    """Tells the observers when a recomputation begins and ends, also when it ends early by an exception.
+
+    Args:
+        masks: What fitted masks in the forward pass, and must do so again.
+    """
+
+    def __init__(self, masks: Sequence[PositionedMasks]) -> None:
+        self._masks = masks
+        self._entered = contextlib.ExitStack()
 
     def __enter__(self) -> None:
         for observer in RECOMPUTE_OBSERVERS:
             observer(True)
+            self._entered.callback(observer, False)
+        for mask in self._masks:
+            self._entered.enter_context(mask)
 
     def __exit__(self, *exc_info: object) -> None:
-        for observer in RECOMPUTE_OBSERVERS:
-            observer(False)
+        self._entered.close()
 
 
 def _contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    return contextlib.nullcontext(), RecomputeContext()
+    return contextlib.nullcontext(), RecomputeContext(active_masks())
 
 
 class CheckpointForward(BlockForward):

@@ -1,6 +1,7 @@
 """Replaces the forward of a block by an instance attribute; several replacements form a chain."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -37,7 +38,7 @@ class BlockForward:
     def call_inner(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run what this forward is around, on tokens ``[B, N, C]``."""
         if self.inner is None:
-            return type(self.block).forward(self.block, x, *args, **kwargs)  # type: ignore[no-any-return]  # any module
+            return _own_forward(self.block)(self.block, x, *args, **kwargs)  # type: ignore[no-any-return]  # any module
         return self.inner(x, *args, **kwargs)
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -47,6 +48,32 @@ class BlockForward:
     def run_half(self, half: Half, function: Callable[[torch.Tensor], Result], x: torch.Tensor) -> Result:
         """Run ``function``, which computes one branch of the block on ``x``, as the forwards further inside want it."""
         return function(x) if self.inner is None else self.inner.run_half(half, function, x)
+
+
+class SelfCheckpointForward(BlockForward):
+    """The forward of a block of transformers whose class wraps its own forward in gradient checkpointing.
+
+    An instance's forward takes the place of that wrapper; this one does its work, around all the others.
+    """
+
+    rank = -1
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        block: Any = self.block
+        if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
+            return block._gradient_checkpointing_func(partial(self.call_inner, **kwargs), x, *args)  # type: ignore[no-any-return]  # any function
+        return self.call_inner(x, *args, **kwargs)
+
+
+def _checkpoints_itself(block: nn.Module) -> bool:
+    layers = (cls for cls in type(block).__mro__ if cls.__name__ == "GradientCheckpointingLayer")
+    # Up to transformers 5.22 it is __call__ that does, which an instance's forward does not replace.
+    return any("__call__" not in vars(cls) for cls in layers)
+
+
+def _own_forward(block: nn.Module) -> Callable[..., Any]:
+    forward: Callable[..., Any] = type(block).forward
+    return getattr(forward, "__wrapped__", forward) if _checkpoints_itself(block) else forward
 
 
 def forward_chain(block: nn.Module) -> Iterator[BlockForward]:
@@ -71,6 +98,8 @@ def attach_forward(forward: BlockForward) -> None:
     else:
         forward.inner = next(forward_chain(forward.block), None)
         forward.block.forward = forward
+        if _checkpoints_itself(forward.block) and not isinstance(forward, SelfCheckpointForward):
+            attach_forward(SelfCheckpointForward(forward.block))
 
 
 def unwrap_forward(forward: BlockForward) -> None:
@@ -87,3 +116,5 @@ def unwrap_forward(forward: BlockForward) -> None:
     else:
         block.forward = forward.inner
     forward.inner = None
+    if isinstance(left := vars(block).get("forward"), SelfCheckpointForward) and left.inner is None:
+        del block.forward

@@ -25,7 +25,7 @@ _EFFECTS = {"exact": (_LEAN,), "recompute": (_LEAN, RECOMPUTES), "int8": (_LEAN,
 class LeanForward(BlockForward):
     """The forward of a block of which backward keeps less; each half has a policy of its own, or none."""
 
-    rank = 2
+    rank = 4
 
     def __init__(self, block: nn.Module, spec: BlockSpec, policies: HalfPolicies) -> None:
         super().__init__(block)
@@ -37,6 +37,8 @@ class LeanForward(BlockForward):
         def attend(x: torch.Tensor) -> torch.Tensor:
             return self.spec.attention_branch(self.block, x, *args, **kwargs)
 
+        if self.spec.is_one_branch:
+            return self.run_half("attn", lambda x: self.call_inner(x, *args, **kwargs), x)
         x = x + self.run_half("attn", attend, x)
         return x + self.run_half("mlp", partial(self.spec.mlp_branch, self.block), x)
 

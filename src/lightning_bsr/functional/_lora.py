@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.functional._installed import trained_share
@@ -132,11 +133,12 @@ def _target_paths(view: ViTView, targets: Sequence[str] | None) -> list[str]:
     paths: list[str] = []
     available, missing = set(), set(targets or ())
     for block, spec in zip(view.blocks, view.specs, strict=True):
-        layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
+        layers = {name: layer for name, layer in block.named_modules() if _is_called(layer)}
         available |= set(layers)
         for name, layer in layers.items():
             if targets is None:
-                matches = {spec.self_attention} if name.startswith(f"{spec.self_attention}.") else set()
+                inside = spec.is_one_branch or name.startswith(f"{spec.self_attention}.")
+                matches = {spec.self_attention} if inside else set()
             else:
                 matches = {target for target in targets if f".{name}".endswith(f".{target}")}
             missing -= matches
@@ -149,3 +151,8 @@ def _target_paths(view: ViTView, targets: Sequence[str] | None) -> list[str]:
             f"{', '.join(sorted(available))}."
         )
     return paths
+
+
+def _is_called(layer: nn.Module) -> bool:
+    # torch's MultiheadAttention uses only the weights of its output layer.
+    return isinstance(layer, nn.Linear) and not isinstance(layer, NonDynamicallyQuantizableLinear)

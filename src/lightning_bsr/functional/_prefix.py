@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 from lightning_bsr._errors import ConfigurationError
+from lightning_bsr.functional._drop_forward import TokenDropForward, drops_tokens
 from lightning_bsr.functional._forward import (
     BlockForward,
     attach_forward,
@@ -16,9 +17,9 @@ from lightning_bsr.functional._forward import (
     replaced_by_others,
     unwrap_forward,
 )
+from lightning_bsr.functional._outputs import DenseOutputRefused
 from lightning_bsr.functional._prefix_pass import CachedPrefix, PrefixCounts
 from lightning_bsr.functional._prefix_store import DTYPES, FileStore, MemoryStore, TokenStore
-from lightning_bsr.functional._token_drop import DenseOutputRefused, TokenDropForward
 from lightning_bsr.vit import ViTView, find_vit
 
 StoredDtype = Literal["float32", "bfloat16", "float16"]
@@ -41,8 +42,10 @@ class PrefixForward(BlockForward):
         if prefix.suspended or torch.compiler.is_compiling() or isinstance(x, FakeTensor):
             return self.call_inner(x, *args, **kwargs)
         if self.block is prefix.blocks[0]:
-            # A mask is not part of a sample's key.
-            prefix.begin(x, usable=not args and not kwargs)
+            # A mask or a table of positions is not part of a sample's key.
+            prefix.begin(
+                x, usable=not any(value is not None and value is not False for value in (*args, *kwargs.values()))
+            )
         if not prefix.skips:
             x = self.call_inner(x, *args, **kwargs)
         return prefix.end(x) if self.block is prefix.blocks[-1] else x
@@ -57,7 +60,7 @@ class UncachedIntermediates:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.view.model
-        if any(isinstance(f, TokenDropForward) for block in self.view.blocks for f in forward_chain(block)):
+        if any(map(drops_tokens, self.view.blocks)):
             DenseOutputRefused(self.view.name)()
         self.prefix.bring_back()
         self.prefix.suspended = True
@@ -148,7 +151,7 @@ def install_prefix_cache(
     What is stored belongs to the weights and settings of the prefix, the tokens dropped in it, the autocast dtype, the
     device and the version of torch; when one of these changes, it is forgotten. Install it after
     :func:`select_blocks_`. Forward hooks on blocks of the prefix see wrong tokens where blocks are skipped.
-    ``forward_intermediates``, compiled code and calls with an attention mask run uncached.
+    ``forward_intermediates``, compiled code and calls with an attention mask or with rotary embeddings run uncached.
 
     Args:
         module: Any module that holds a ViT.

@@ -201,7 +201,7 @@ class CachedPrefix:
         # Each image moves, another time further, and others are gone.
         shift = 1 + self._checks[x.shape] % (len(x) // 2)
         self._checks[x.shape] += 1
-        moved = torch.cat([x[shift:], x[-1:].expand(shift, -1, -1)])
+        moved = torch.cat([x[shift:], x[-1:].expand(shift, *x.shape[1:])])
         for block in self.blocks:
             moved = next(f for f in forward_chain(block) if isinstance(f, self._forward_class)).call_inner(moved)
         # What is no number is the same as itself here.

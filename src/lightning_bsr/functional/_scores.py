@@ -2,8 +2,12 @@
 
 import torch
 
+from lightning_bsr.functional._positions import is_masked
 
-def cls_scores(q: torch.Tensor, k: torch.Tensor, scale: float, num_prefix_tokens: int) -> torch.Tensor:
+
+def cls_scores(
+    q: torch.Tensor, k: torch.Tensor, scale: float, num_prefix_tokens: int, *, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Score each patch token by the attention that the class token pays it, mean over heads.
 
     The softmax runs over all tokens and the prefix tokens are cut off afterwards, as in the published code of Block
@@ -14,6 +18,7 @@ def cls_scores(q: torch.Tensor, k: torch.Tensor, scale: float, num_prefix_tokens
         k: Keys ``[B, H, N, D]``.
         scale: The factor on ``q @ k.T``.
         num_prefix_tokens: How many tokens come before the patch tokens, at least 1.
+        mask: What is added to ``q @ k.T * scale``, or where attention is allowed; it goes with ``[B, H, N, N]``.
 
     Returns:
         Scores ``[B, N - num_prefix_tokens]``.
@@ -29,15 +34,23 @@ def cls_scores(q: torch.Tensor, k: torch.Tensor, scale: float, num_prefix_tokens
         # A product of matrices may differ in the last bit with the image's place in the batch; what frozen blocks give
         # may be stored, and must not.
         row = (q[:, :, :1] * k).sum(dim=-1) * scale
-    return row.softmax(dim=-1)[:, :, num_prefix_tokens:].mean(dim=1)
+    attention = _softmax(row.unsqueeze(2), None if mask is None else mask[..., :1, :]).squeeze(2)
+    return attention[:, :, num_prefix_tokens:].mean(dim=1)
 
 
 def mean_scores(
-    q: torch.Tensor, k: torch.Tensor, scale: float, num_prefix_tokens: int, chunk_size: int = 64
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scale: float,
+    num_prefix_tokens: int,
+    chunk_size: int = 64,
+    *,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Score each patch token by the attention that it receives, mean over heads and queries.
 
-    For models without a class token. The N x N matrix is never held: queries are taken ``chunk_size`` at a time.
+    For models without a class token. The N x N matrix is never held: queries are taken ``chunk_size`` at a time. A
+    token that no token may attend, such as padding, does not count as a query.
 
     Args:
         q: Queries ``[B, H, N, D]``.
@@ -45,6 +58,7 @@ def mean_scores(
         scale: The factor on ``q @ k.T``.
         num_prefix_tokens: How many tokens come before the patch tokens.
         chunk_size: Queries handled at a time.
+        mask: What is added to ``q @ k.T * scale``, or where attention is allowed; it goes with ``[B, H, N, N]``.
 
     Returns:
         Scores ``[B, N - num_prefix_tokens]``.
@@ -56,9 +70,18 @@ def mean_scores(
     """
     keys = k.transpose(-2, -1)
     parts = torch.split(q, chunk_size, dim=2)
-    received = sum(((part * scale) @ keys).softmax(dim=-1).sum(dim=(1, 2)) for part in parts)
+    if mask is None:
+        received = sum(((part * scale) @ keys).softmax(dim=-1).sum(dim=(1, 2)) for part in parts)
+        assert isinstance(received, torch.Tensor)
+        return received[:, num_prefix_tokens:] / (q.shape[1] * q.shape[2])
+    masks = [mask] * len(parts) if mask.shape[-2] == 1 else torch.split(mask, chunk_size, dim=-2)
+    asks = (~is_masked(mask)).any(dim=-2).expand(q.shape[:3])
+    received = sum(
+        (_softmax((part * scale) @ keys, its_mask) * its_asks.unsqueeze(-1)).sum(dim=(1, 2))
+        for part, its_mask, its_asks in zip(parts, masks, torch.split(asks, chunk_size, dim=2), strict=True)
+    )
     assert isinstance(received, torch.Tensor)
-    return received[:, num_prefix_tokens:] / (q.shape[1] * q.shape[2])
+    return received[:, num_prefix_tokens:] / asks.sum(dim=(1, 2)).unsqueeze(1)
 
 
 def random_scores(x: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
@@ -80,3 +103,12 @@ def random_scores(x: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
     """
     scores = torch.rand(x.shape[:2], device=x.device)
     return (scores / scores.sum(dim=1, keepdim=True))[:, num_prefix_tokens:]
+
+
+def _softmax(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    if mask is None:
+        return logits.softmax(dim=-1)
+    if mask.dtype != torch.bool:
+        logits = logits + mask
+    # Not infinite, so that a row in which all is masked holds numbers.
+    return logits.masked_fill(is_masked(mask), torch.finfo(logits.dtype).min).softmax(dim=-1)

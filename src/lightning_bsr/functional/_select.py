@@ -116,7 +116,7 @@ def select_blocks_(
     _check_floats(view, (name for name, p in view.model.named_parameters() if id(p) in trained))
     for parameter in view.model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
-    for part in (*view.model.children(), *view.blocks):
+    for part in (*view.parts, *view.blocks):
         parameters = list(part.parameters())
         if parameters and not any(p.requires_grad for p in parameters):
             selection._frozen.append(part)
@@ -135,7 +135,14 @@ def _resolve(view: ViTView, blocks: Blocks) -> dict[int, tuple[Part, ...]]:
     if isinstance(blocks, Mapping):
         indices = {index: view.block_indices([index])[0] for index in blocks}
         view.block_indices(blocks)
-        return dict(sorted((indices[index], _parts(index, blocks[index])) for index in blocks))
+        parts = {indices[index]: _parts(index, blocks[index]) for index in sorted(blocks, key=indices.__getitem__)}
+        for index, wanted in parts.items():
+            if view.specs[index].is_one_branch and len(wanted) < len(get_args(Part)):
+                raise ConfigurationError(
+                    f"blocks[{index}] is {wanted[0]!r}, but block {index} of the {view.name} "
+                    f"({type(view.blocks[index]).__name__}) is known only as a whole; expected 'all'."
+                )
+        return parts
     return dict.fromkeys(view.block_indices(blocks), get_args(Part))
 
 

@@ -8,10 +8,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.functional._forward import forward_chain
+from lightning_bsr.functional._drop_forward import drops_tokens
 from lightning_bsr.functional._installed import trained_share
 from lightning_bsr.functional._select import BlockSelection, select_blocks_
-from lightning_bsr.functional._token_drop import TokenDropForward
 from lightning_bsr.vit import ViTView, find_vit
 
 _NAME = "side_network"
@@ -188,7 +187,7 @@ def install_side_network(
     if hasattr(view.model, _NAME):
         raise ConfigurationError(f"The {view.name} has a {_NAME} already; remove that first.")
     for index, block in enumerate(view.blocks):
-        if any(isinstance(forward, TokenDropForward) for forward in forward_chain(block)):
+        if drops_tokens(block):
             raise ConfigurationError(
                 f"Block {index} of the {view.name} drops tokens, but a side network needs the same tokens after every "
                 "block; remove the token drop first."
@@ -206,9 +205,8 @@ def install_side_network(
 
 
 def _width(view: ViTView) -> int:
-    width = getattr(view.model, "embed_dim", None)
-    if not isinstance(width, int):
+    if view.width is None:
         raise ConfigurationError(
             f"The {view.name} has no integer embed_dim, which says how wide a side network beside it must be; add one."
         )
-    return width
+    return view.width

@@ -44,13 +44,39 @@ def drop_tokens(
         >>> drop_tokens(x, scores, 2, num_prefix_tokens=1).flatten()
         tensor([9.0000, 2.0000, 4.0000, 0.7000])
     """
-    order = scores.argsort(dim=1, descending=True, stable=True)
+    return drop_in_order(
+        x,
+        scores,
+        order_tokens(scores),
+        num_kept,
+        num_prefix_tokens=num_prefix_tokens,
+        fuse=fuse,
+        normalize=normalize,
+    )
+
+
+def order_tokens(scores: torch.Tensor) -> torch.Tensor:
+    """Order patch tokens from the highest score to the lowest: indices ``[B, N - num_prefix_tokens]``."""
+    return scores.argsort(dim=1, descending=True, stable=True)
+
+
+def drop_in_order(
+    x: torch.Tensor,
+    scores: torch.Tensor,
+    order: torch.Tensor,
+    num_kept: int,
+    *,
+    num_prefix_tokens: int,
+    fuse: bool,
+    normalize: bool,
+) -> torch.Tensor:
+    """Do what :func:`drop_tokens` does, by an order that is known already."""
     prefix = torch.arange(num_prefix_tokens, device=x.device).expand(x.shape[0], -1)
-    kept = _take(x, torch.cat([prefix, order[:, :num_kept] + num_prefix_tokens], dim=1))
+    kept = take_tokens(x, torch.cat([prefix, order[:, :num_kept] + num_prefix_tokens], dim=1))
     if not fuse:
         return kept
     dropped = order[:, num_kept:]
-    fused = fuse_tokens(_take(x, dropped + num_prefix_tokens), scores.gather(1, dropped), normalize=normalize)
+    fused = fuse_tokens(take_tokens(x, dropped + num_prefix_tokens), scores.gather(1, dropped), normalize=normalize)
     return torch.cat([kept, fused], dim=1)
 
 
@@ -74,7 +100,8 @@ def fuse_tokens(tokens: torch.Tensor, weights: torch.Tensor, *, normalize: bool 
     return (tokens * weights.unsqueeze(-1)).sum(dim=1, keepdim=True)
 
 
-def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def take_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Take tokens of ``x`` ``[B, N, C]`` by their indices ``[B, M]``."""
     # index_select copies whole rows and keeps only the index for backward, where gather would keep all of x.
     start = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
     return x.flatten(0, 1).index_select(0, (index + start).flatten()).view(*index.shape, -1)

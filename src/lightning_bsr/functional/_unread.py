@@ -7,18 +7,18 @@ import torch
 from torch import nn
 
 from lightning_bsr._errors import ConfigurationError
+from lightning_bsr.functional._drop_forward import RESTORES, SKIPS, asks_for_hidden_states
 from lightning_bsr.functional._forward import BlockForward
 from lightning_bsr.functional._installed import BlockForwardsHandle, chosen_blocks
 from lightning_bsr.vit import BlockSpec, find_vit
-
-_SKIPS = "gives the prefix tokens alone"
 
 
 class PrefixOnlyForward(BlockForward):
     """The forward of a last block that gives the prefix tokens alone."""
 
+    rank = 2
     # Around one that drops tokens: what it would keep is not read either.
-    effects = (_SKIPS,)
+    effects = (SKIPS,)
 
     def __init__(self, block: nn.Module, spec: BlockSpec, num_prefix_tokens: int) -> None:
         super().__init__(block)
@@ -26,6 +26,12 @@ class PrefixOnlyForward(BlockForward):
         self.num_prefix_tokens = num_prefix_tokens
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if asks_for_hidden_states(self.block, self.spec, kwargs):
+            raise ConfigurationError(
+                "The last block gives the prefix tokens alone, so what output_hidden_states=True asks for would miss "
+                "patches; leave it out, or leave the patch tokens in."
+            )
+
         def attend(x: torch.Tensor) -> torch.Tensor:
             return self.spec.attention_branch(self.block, x, *args, **kwargs)[:, : self.num_prefix_tokens]
 
@@ -62,12 +68,22 @@ def install_unread_skip(module: nn.Module, *, vit: str | None = None) -> BlockFo
         >>> handle.remove()
     """
     view = find_vit(module, vit)
-    pooling = getattr(view.model, "global_pool", None)
-    if pooling != "token" or not view.has_class_token or getattr(view.model, "attn_pool", None) is not None:
+    if not view.reads_prefix_alone:
+        pooling = getattr(view.model, "global_pool", None)
+        if pooling is None:
+            raise ConfigurationError(
+                f"The {view.name} is not known to give only what it makes of the prefix tokens, as classifiers on the "
+                "class token do; leave the patch tokens of its last block in."
+            )
         raise ConfigurationError(
             f"The {view.name} has global_pool={pooling!r}, expected 'token': only then does its head read no patch "
             "tokens of the last block; leave them in."
         )
-    (last,) = chosen_blocks(view, [-1], (_SKIPS,))
+    if view.specs[-1].is_one_branch:
+        raise ConfigurationError(
+            f"The last block of the {view.name} ({type(view.blocks[-1]).__name__}) computes attention and MLP in one "
+            "branch, so its MLP cannot be left out for some tokens; leave them in."
+        )
+    (last,) = chosen_blocks(view, [-1], (SKIPS, RESTORES))
     forward = PrefixOnlyForward(view.blocks[last], view.specs[last], view.num_prefix_tokens)
     return BlockForwardsHandle(view, {last: forward}, "give the prefix tokens alone")

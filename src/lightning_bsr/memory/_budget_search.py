@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from lightning_bsr.functional import num_kept_tokens
-from lightning_bsr.functional._forward import forward_chain
+from lightning_bsr.functional._drop_forward import drops_tokens
 from lightning_bsr.functional._select import Part
-from lightning_bsr.functional._token_drop import TokenDropForward
 from lightning_bsr.memory._configuration import Configuration
 from lightning_bsr.memory._costs import BlockCosts
 from lightning_bsr.memory._optimizer import optimizers_cost
@@ -66,7 +65,7 @@ class BudgetSearch:
         self._recompute = recompute
         self._plans: dict[str, MemoryReport] = {}
         # Tokens that are dropped already stay dropped.
-        self._drops_already = any(isinstance(f, TokenDropForward) for b in view.blocks for f in forward_chain(b))
+        self._drops_already = any(map(drops_tokens, view.blocks))
         self._keep_rates = () if self._drops_already else tuple(keep_rates)
         self._max_drops = max_drops
         self._drop_options: dict[str, Any] = {} if view.has_class_token else {"score": "mean"}

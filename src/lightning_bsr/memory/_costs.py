@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_bsr.functional import LeanPolicy, install_lean_activations, install_token_drop
+from lightning_bsr.memory._caches import caches_cleared
 from lightning_bsr.memory._kernels import LayerNormStatistics
 from lightning_bsr.memory._live import StepTracker
 from lightning_bsr.memory._recorder import ActivationRecorder
@@ -132,7 +133,7 @@ class BlockCosts:
             weights[f"block.{name}"] = nn.Parameter(fake, requires_grad=id(parameter) in trains)
         device = next(block.parameters()).device
         alone = replace(self._view, model=block, blocks=(block,), specs=(spec,), norms=(), heads=())
-        with mode, LayerNormStatistics():  # type: ignore[no-untyped-call]  # torch has no annotation there
+        with caches_cleared(block), mode, LayerNormStatistics():  # type: ignore[no-untyped-call]  # torch has no annotation there
             x = torch.empty(
                 self._shape[0],
                 tokens,

@@ -18,6 +18,7 @@ class AttentionCall(NamedTuple):
     device: torch.device
     requires_grad: bool
     masked: bool
+    mask_requires_grad: bool
     causal: bool
     dropout: bool
 
@@ -65,6 +66,7 @@ class KernelWatch(TorchFunctionMode):
             q = torch.zeros(1, *call.shape[1:], dtype=call.dtype, device=call.device, requires_grad=call.requires_grad)
             k = torch.zeros(1, *call.key_shape[1:], dtype=call.dtype, device=call.device)
             mask = torch.zeros(call.shape[-2], call.key_shape[-2], dtype=call.dtype, device=call.device)
+            mask.requires_grad_(call.mask_requires_grad)
             with _FirstKernel() as first:
                 F.scaled_dot_product_attention(
                     q,
@@ -104,6 +106,7 @@ def _describe(
         query.device,
         grad,
         attn_mask is not None,
+        attn_mask is not None and torch.is_grad_enabled() and attn_mask.requires_grad,
         is_causal,
         dropout_p > 0,
     )

@@ -7,10 +7,11 @@ from typing import Any, get_args
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._pytree import tree_map, tree_map_only
 
 from lightning_bsr._errors import ConfigurationError
+from lightning_bsr.memory._caches import caches_cleared
 from lightning_bsr.memory._kernels import KernelWatch, LayerNormStatistics
 from lightning_bsr.memory._optimizer import alone_temporaries
 from lightning_bsr.memory._report import MemoryReport
@@ -143,10 +144,16 @@ def plan(
     given = step.batch_size(tensors)
     watch = KernelWatch()
     call = _Inside(module, lambda *fakes: step.run(fakes, watch))
-    with mode, LayerNormStatistics():  # type: ignore[no-untyped-call]  # torch has no annotation there
+    with caches_cleared(module), mode, LayerNormStatistics():  # type: ignore[no-untyped-call]  # torch has no annotation there
         weights = {name: fake_weight(t) for name, t in (*call.named_parameters(), *call.named_buffers())}
         fakes = tree_map_only(torch.Tensor, fake_input, tensors)
-        report: MemoryReport = torch.func.functional_call(call, weights, fakes)
+        try:
+            report: MemoryReport = torch.func.functional_call(call, weights, fakes)
+        except DataDependentOutputException as error:
+            raise ConfigurationError(
+                f"{type(module).__name__} looks at values of tensors in its forward pass, and a plan has tensors "
+                "without values; use lightning_bsr.memory.measure."
+            ) from error
     notes = watch.differences()
     return report.with_notes(notes) if notes else report
 

@@ -83,7 +83,7 @@ class _Enter:
 
     def __call__(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self.line == "0" and inputs:
-            self.position.tokens[EMBED] = inputs[0].shape[1]
+            self.position.tokens[EMBED] = inputs[0].shape[1:-1].numel()
             if self.backward and inputs[0].requires_grad:
                 inputs[0].register_hook(_enter_backward(self.position, EMBED))
         self.position.enter(self.line, "attn")
@@ -106,7 +106,7 @@ class _Leave:
     backward: bool
 
     def __call__(self, block: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        self.position.tokens[self.line] = output.shape[1]
+        self.position.tokens[self.line] = output.shape[1:-1].numel()
         if self.backward and output.requires_grad:
             output.register_hook(_enter_backward(self.position, self.line))
         self.position.enter(self.next_line, "attn" if self.next_line != HEAD else None)

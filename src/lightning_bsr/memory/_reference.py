@@ -13,8 +13,9 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.functional._forward import BlockForward, forward_chain
-from lightning_bsr.functional._token_drop import TokenDropForward
+from lightning_bsr.functional._drop_forward import PositionsForward, TokenDropForward
+from lightning_bsr.functional._forward import BlockForward, attach_forward, forward_chain
+from lightning_bsr.functional._restore import RestoringForward
 from lightning_bsr.vit import ViTView, find_vit
 
 _NUMBER = 4  # bytes of an activation, and of a parameter that trains
@@ -22,6 +23,7 @@ _FROZEN = 1  # bytes of a frozen parameter
 _PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 # Each with the position of its weight.
 _NORMS = {F.layer_norm: 2, F.rms_norm: 2, F.group_norm: 2, F.batch_norm: 3}
+_DROPS = (RestoringForward, PositionsForward, TokenDropForward)
 _SMOOTH = (F.gelu, F.silu, torch.sigmoid, torch.tanh)
 
 
@@ -125,7 +127,7 @@ class _Walk(TorchFunctionMode):
     def __init__(self, view: ViTView) -> None:
         super().__init__()
         self._view = view
-        attentions = [getattr(block, spec.self_attention) for block, spec in zip(view.blocks, view.specs, strict=True)]
+        attentions = [a for block, spec in zip(view.blocks, view.specs, strict=True) for a in spec.attentions(block)]
         self._heads = {attention: _num_heads(view, attention) for attention in attentions}
         after = {id(p) for part in (*view.blocks, *view.norms, *view.heads) for p in part.parameters()}
         self._backward_reaches = any(p.requires_grad and id(p) not in after for p in view.model.parameters())
@@ -143,7 +145,7 @@ class _Walk(TorchFunctionMode):
             else:
                 stack.callback(self._view.blocks[-1].register_forward_hook(self._reached).remove)
             for attention in self._heads:
-                stack.callback(attention.register_forward_pre_hook(self._enter_attention).remove)
+                stack.callback(attention.register_forward_pre_hook(self._enter_attention, with_kwargs=True).remove)
                 stack.callback(attention.register_forward_hook(self._leave_attention).remove)
             yield
 
@@ -174,8 +176,8 @@ class _Walk(TorchFunctionMode):
     def _reached(self, *_: Any) -> None:
         self._backward_reaches = True
 
-    def _enter_attention(self, attention: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
+    def _enter_attention(self, attention: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
         if self._backward_reaches:
             self._kept += self._heads[attention] * x.shape[1] ** 2 + 3 * x.numel()
         self._residual = x.numel()
@@ -204,13 +206,14 @@ def _only_token_drops(blocks: Iterable[nn.Module]) -> Iterator[None]:
             forward = vars(block).get("forward")
             if not isinstance(forward, BlockForward):
                 continue
-            drop = next((link for link in forward_chain(block) if isinstance(link, TokenDropForward)), None)
+            links = [copy(link) for link in forward_chain(block) if isinstance(link, _DROPS)]
             stack.callback(setattr, block, "forward", forward)
             del block.forward
-            if drop is not None:
-                alone = copy(drop)
-                alone.inner = None
-                block.forward = alone
+            for link in reversed(links):
+                link.inner = None
+                attach_forward(link)
+            if links:
+                stack.callback(delattr, block, "forward")
         yield
 
 
@@ -225,6 +228,10 @@ def _image_shape(view: ViTView, image_size: int | tuple[int, int] | None) -> tup
 
 
 def _num_heads(view: ViTView, attention: nn.Module) -> int:
+    if isinstance(attention, nn.MultiheadAttention):
+        raise ConfigurationError(
+            f"The attention of the {view.name} is torch's MultiheadAttention, of which the formula sees no layers."
+        )
     for name in ("num_heads", "num_attention_heads"):
         count = getattr(attention, name, None)
         if isinstance(count, int):

@@ -1,11 +1,20 @@
 """Finds the Vision Transformer inside any module, by its structure and never by an attribute's name."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import replace
 
 from torch import nn
 
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.vit._blocks import registered_blocks, spec_of
+from lightning_bsr.vit._owners import (
+    Places,
+    path_to_vit,
+    places_read_by,
+    prefix_of,
+    reads_prefix_alone,
+    vit_row,
+)
 from lightning_bsr.vit._view import ViTView
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
@@ -14,7 +23,10 @@ _CONTAINERS = (nn.ModuleList, nn.Sequential)
 def find_vit(module: nn.Module, path: str | None = None) -> ViTView:
     """Find the one Vision Transformer in ``module``.
 
-    A ViT is a module with a list of blocks, all of registered classes, and an integer ``num_prefix_tokens``.
+    A ViT is a module with a list of blocks, all of registered classes, and an integer ``num_prefix_tokens``; or one
+    that has timm's ``forward_features`` and blocks of registered classes anywhere inside, such as those of the stages
+    of a hierarchical model, which drop no tokens; or one of the known classes of torchvision and transformers, with the
+    classifier that another known class puts on it. The text tower beside a vision tower is none.
 
     Args:
         module: Any module; a LightningModule, a compiled or wrapped model, or the ViT itself.
@@ -49,24 +61,112 @@ def find_vit(module: nn.Module, path: str | None = None) -> ViTView:
 
 
 def _vits(module: nn.Module) -> Iterator[ViTView]:
-    for path, owner in module.named_modules():
-        children = list(owner.named_children())
-        for position, (name, container) in enumerate(children):
-            if not _is_supported(container) or not isinstance(getattr(owner, "num_prefix_tokens", None), int):
-                continue
-            after = [child for _, child in children[position + 1 :] if any(True for _ in child.parameters())]
-            blocks = tuple(container.children())
-            yield ViTView(
-                model=owner,
-                path=path,
-                blocks_path=f"{path}.{name}" if path else name,
-                blocks=blocks,
-                specs=tuple(spec for spec in map(spec_of, blocks) if spec),
-                num_prefix_tokens=owner.num_prefix_tokens,
-                has_class_token=getattr(owner, "cls_token", None) is not None,
-                norms=tuple(child for child in after if _is_norm(child)),
-                heads=tuple(child for child in after if not _is_norm(child)),
-            )
+    found = [*_known(module), *(view for path, owner in module.named_modules() for view in _plain(module, path, owner))]
+    seen = {part for view in found for block in view.blocks for part in block.modules()}
+    staged = [view for path, owner in module.named_modules() if (view := _staged(module, path, owner, seen))]
+    yield from found
+    for view in staged:
+        inside = set(view.model.modules()) - {view.model}
+        if not any(other.model in inside for other in staged):
+            yield view
+
+
+def _known(module: nn.Module) -> Iterator[ViTView]:
+    """Yield the ViTs of classes that are known by name."""
+    under_heads: set[nn.Module] = set()
+    for path, model in module.named_modules():
+        inside = path_to_vit(model)
+        if inside is None or model in under_heads:
+            continue
+        trunk = model.get_submodule(inside)
+        under_heads.add(trunk)
+        row = vit_row(trunk)
+        assert row is not None
+        blocks_path = f"{inside}.{row.blocks}" if inside else row.blocks
+        container = model.get_submodule(blocks_path)
+        if _is_supported(container):
+            before, after = _beside(model, blocks_path)
+            blocks = list(container.children())
+            yield _view(module, path, model, blocks_path, blocks, (*before, container, *after), after, trunk)
+
+
+def _plain(module: nn.Module, path: str, owner: nn.Module) -> Iterator[ViTView]:
+    """Yield the ViTs that have one list of blocks in ``owner``."""
+    for name, container in owner.named_children():
+        if _is_supported(container) and isinstance(getattr(owner, "num_prefix_tokens", None), int):
+            _, after = _beside(owner, name)
+            yield _view(module, path, owner, name, list(container.children()), tuple(owner.children()), after, owner)
+
+
+def _staged(module: nn.Module, path: str, owner: nn.Module, seen: Set[nn.Module]) -> ViTView | None:
+    """Find the ViT whose blocks lie anywhere in ``owner``, which has timm's ``forward_features``."""
+    if not hasattr(owner, "forward_features"):
+        return None
+    found = [module for module in owner.modules() if module not in seen and spec_of(module)]
+    inside = {child for block in found for child in block.modules() if child is not block}
+    blocks = [block for block in found if block not in inside]
+    holders = [name for name, child in owner.named_children() if not set(blocks).isdisjoint(child.modules())]
+    if not blocks:
+        return None
+    _, after = _beside(owner, holders[-1])
+    view = _view(module, path, owner, holders[0], blocks, tuple(owner.children()), after, owner)
+    if view.keeps_tokens:
+        return view
+    if any(_is_supported(module) and set(module.children()) == set(blocks) for module in owner.modules()):
+        return None
+    return replace(view, keeps_tokens="lie in several stages, between which patches are laid out as an image")
+
+
+def _view(
+    module: nn.Module,
+    path: str,
+    model: nn.Module,
+    blocks_path: str,
+    blocks: Sequence[nn.Module],
+    parts: Sequence[nn.Module],
+    after: Sequence[nn.Module],
+    trunk: nn.Module,
+) -> ViTView:
+    """Describe the ViT ``model`` at ``path`` of ``module``; ``after`` are those of its parts that follow the blocks."""
+    after = [part for part in after if any(True for _ in part.parameters())]
+    specs = tuple(spec for spec in map(spec_of, blocks) if spec)
+    prefix, has_class_token = prefix_of(trunk)
+    return ViTView(
+        model=model,
+        path=path,
+        trunk=trunk,
+        blocks_path=f"{path}.{blocks_path}" if path else blocks_path,
+        blocks=tuple(blocks),
+        specs=specs,
+        num_prefix_tokens=prefix,
+        has_class_token=has_class_token,
+        norms=tuple(part for part in after if _is_norm(part)),
+        heads=tuple(part for part in after if not _is_norm(part)),
+        parts=tuple(parts),
+        reads_prefix_alone=has_class_token and reads_prefix_alone(model),
+        places=_places(module, path, trunk, len(blocks)),
+        keeps_tokens=next((spec.keeps_tokens for spec in specs if spec.keeps_tokens), ""),
+    )
+
+
+def _beside(model: nn.Module, path: str) -> tuple[list[nn.Module], list[nn.Module]]:
+    """What stands before and after the module at ``path``, on each level on the way to it."""
+    before: list[nn.Module] = []
+    after: list[nn.Module] = []
+    for name in path.split("."):
+        children = list(model.named_children())
+        position = [child for child, _ in children].index(name)
+        before += [child for _, child in children[:position]]
+        after = [child for _, child in children[position + 1 :]] + after
+        model = model.get_submodule(name)
+    return before, after
+
+
+def _places(module: nn.Module, path: str, trunk: nn.Module, depth: int) -> Places | None:
+    """What in ``trunk``, or in ``module`` on the way to ``path``, needs each patch token in its place."""
+    names = path.split(".") if path else []
+    around = [module.get_submodule(".".join(names[:length])) for length in range(len(names), -1, -1)]
+    return next((found for part in (trunk, *around) if (found := places_read_by(part, depth))), None)
 
 
 def _below(module: nn.Module, path: str, views: list[ViTView]) -> list[ViTView]:
@@ -77,7 +177,7 @@ def _below(module: nn.Module, path: str, views: list[ViTView]) -> list[ViTView]:
             f"vit={path!r} names no module of {type(module).__name__}; Vision Transformers found: {found}."
         )
     inside = set(names[path].modules())
-    return [view for view in views if view.model in inside or view.blocks_path == path]
+    return [view for view in views if not inside.isdisjoint((view.model, view.trunk, names[view.blocks_path]))]
 
 
 def _is_supported(container: nn.Module) -> bool:
@@ -86,7 +186,8 @@ def _is_supported(container: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return "Norm" in type(module).__name__
+    name = type(module).__name__
+    return "Norm" in name and "Head" not in name
 
 
 def _title(module: nn.Module, path: str | None) -> str:

@@ -7,7 +7,8 @@ from numbers import Integral
 from torch import nn
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.vit._blocks import BlockSpec
+from lightning_bsr.vit._owners import Places, num_patch_tokens, width_of
+from lightning_bsr.vit._spec import BlockSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,8 +16,10 @@ class ViTView:
     """One Vision Transformer inside a module.
 
     Attributes:
-        model: The module that owns the list of blocks.
+        model: The ViT with its head.
         path: Its dotted path inside the module that was searched; empty for that module itself.
+        trunk: The ViT without a head that another class puts on it: what holds the embedding of the patches and the
+            blocks; often ``model`` itself.
         blocks_path: Dotted path of the list of blocks.
         blocks: The transformer blocks, in order.
         specs: What each block is made of.
@@ -24,6 +27,10 @@ class ViTView:
         has_class_token: Whether the first prefix token is a class token.
         norms: Normalisation layers after the blocks.
         heads: Everything else with parameters after the blocks: classifiers and attention pooling.
+        parts: What ``model`` consists of: the list of blocks, and what stands beside it or beside what holds it.
+        reads_prefix_alone: Whether ``model`` is known to give nothing but what it makes of the prefix tokens.
+        places: What in or around ``model`` is known to look for each patch token in its place.
+        keeps_tokens: Why tokens cannot be dropped, as the end of a sentence about the blocks; empty where they can.
 
     Example:
         >>> import timm
@@ -35,6 +42,7 @@ class ViTView:
 
     model: nn.Module
     path: str
+    trunk: nn.Module
     blocks_path: str
     blocks: tuple[nn.Module, ...]
     specs: tuple[BlockSpec, ...]
@@ -42,6 +50,10 @@ class ViTView:
     has_class_token: bool
     norms: tuple[nn.Module, ...]
     heads: tuple[nn.Module, ...]
+    parts: tuple[nn.Module, ...]
+    reads_prefix_alone: bool
+    places: Places | None
+    keeps_tokens: str = ""
 
     @property
     def name(self) -> str:
@@ -49,11 +61,25 @@ class ViTView:
         where = f"ViT {self.path!r}" if self.path else "ViT"
         return f"{where} ({type(self.model).__name__})"
 
+    def check_drops_tokens(self) -> None:
+        """Check that tokens can be dropped.
+
+        Raises:
+            ConfigurationError: If they cannot; the message says why.
+        """
+        if self.keeps_tokens:
+            kind = type(self.blocks[0]).__name__
+            raise ConfigurationError(f"The {self.name} drops no tokens: its blocks ({kind}) {self.keeps_tokens}.")
+
     @property
     def num_patch_tokens(self) -> int | None:
         """The number of patch tokens at the model's own image size, or ``None`` where the model does not say."""
-        count = getattr(getattr(self.model, "patch_embed", None), "num_patches", None)
-        return count if isinstance(count, int) else None
+        return num_patch_tokens(self.trunk)
+
+    @property
+    def width(self) -> int | None:
+        """How many channels a token has, or ``None`` where the model does not say."""
+        return width_of(self.trunk)
 
     def block_indices(self, blocks: Iterable[int], argument: str = "blocks") -> list[int]:
         """Turn block numbers, which may be negative, into sorted positions.

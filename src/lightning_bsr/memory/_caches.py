@@ -1,0 +1,36 @@
+"""Keeps tensors without data out of the caches of a model's own code."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from functools import _lru_cache_wrapper
+
+from torch import nn
+
+
+@contextlib.contextmanager
+def caches_cleared(module: nn.Module) -> Iterator[None]:
+    """Clear, afterwards, each :func:`functools.lru_cache` in transformers' files that define the parts of ``module``.
+
+    Some of its models keep tables of positions in one. Made while a step is planned, they would be tensors without
+    data, and so would be what the model gives from then on.
+    """
+    try:
+        yield
+    finally:
+        for clear in _clear_functions(module):
+            clear()
+
+
+def _clear_functions(module: nn.Module) -> Iterator[Callable[[], None]]:
+    classes = {cls for part in module.modules() for cls in type(part).__mro__}
+    classes = {cls for cls in classes if cls.__module__.startswith("transformers.")}
+    files = {sys.modules[cls.__module__] for cls in classes}
+    for holder in (*classes, *files):
+        for value in vars(holder).values():
+            function = getattr(value, "__func__", value)
+            # The cache may be inside a decorator of transformers' own.
+            closure = getattr(function, "__closure__", None) or ()
+            for candidate in (function, *(cell.cell_contents for cell in closure)):
+                if isinstance(candidate, _lru_cache_wrapper):
+                    yield candidate.cache_clear
