@@ -1,8 +1,27 @@
 """Scores of patch tokens, from the queries and keys of one attention layer."""
 
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable
 
 from lightning_bsr.functional._positions import is_masked
+
+
+class _Logits(torch.autograd.Function):
+    """``scale q k^T`` for one query, keeping for backward no copy of the keys, which a product of matrices would."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.save_for_backward(q, k)
+        ctx.scale = scale
+        return ((q * scale) @ k.transpose(-2, -1))[:, :, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k = ctx.saved_tensors
+        return grad.unsqueeze(2) @ k * ctx.scale, grad.unsqueeze(-1) * (q * ctx.scale), None
 
 
 def cls_scores(
@@ -29,7 +48,7 @@ def cls_scores(
         tensor([[0.2000, 0.2000, 0.2000, 0.2000]])
     """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        row = ((q[:, :, :1] * scale) @ k.transpose(-2, -1))[:, :, 0]
+        row: torch.Tensor = _Logits.apply(q[:, :, :1], k, scale)
     else:
         # A product of matrices may differ in the last bit with the image's place in the batch; what frozen blocks give
         # may be stored, and must not.
