@@ -35,7 +35,7 @@ def find_vit(module: nn.Module, path: str | None = None) -> ViTView:
         >>> find_vit(module, "student").name
         "ViT 'student' (VisionTransformer)"
     """
-    views = list(_vits(module))
+    views = list(iter_vits(module))
     if path is not None:
         views = _below(module, path, views)
     if len(views) == 1:
@@ -48,7 +48,8 @@ def find_vit(module: nn.Module, path: str | None = None) -> ViTView:
     raise ConfigurationError(_nothing_found(module, path))
 
 
-def _vits(module: nn.Module) -> Iterator[ViTView]:
+def iter_vits(module: nn.Module) -> Iterator[ViTView]:
+    """Yield a view of each Vision Transformer in ``module``."""
     for path, owner in module.named_modules():
         children = list(owner.named_children())
         for position, (name, container) in enumerate(children):
