@@ -106,7 +106,10 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
         separate[name] = plain.clone() if storage in seen else plain
         seen.add(storage)
     with replacing(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file(separate, partial, metadata)
+        partial.chmod(mode)  # safetensors makes files that only their owner may read
 
 
 @contextlib.contextmanager
