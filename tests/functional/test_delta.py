@@ -264,7 +264,7 @@ def test_other_base__is_refused_with_the_first_difference(given):
     expected = read_delta(path).base["model.blocks.0.attn.qkv.weight"]
     found = delta_file.fingerprint(other.model.blocks[0].attn.qkv.weight)
     assert refused(lambda: load_delta(other, path)) == (
-        f"The base is another one than '{path}' was trained from: 1 of its 26 frozen tensors differ, such as "
+        f"The base is another one than '{path}' was trained from: 1 of its 28 frozen tensors differ, such as "
         f"'model.blocks.0.attn.qkv.weight', which is {found}, expected {expected}."
     )
 

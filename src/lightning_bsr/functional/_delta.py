@@ -241,10 +241,9 @@ def _check_names(base: Mapping[str, Any], names: set[str], delta: Delta, title: 
         differences.append(f"the base lacks {len(lacking)} tensors ({some_of(lacking)})")
     if unknown:
         differences.append(f"the base has {len(unknown)} that it does not know ({some_of(unknown)})")
-    methods = [c for c in delta.configuration.get("callbacks", ()) if c["class"] == "FineTune"]
-    hint = (
-        f"; it was trained with FineTune({methods[0]['arguments']['method']!r}), which comes first" if methods else ""
-    )
+    described = delta.configuration.get("callbacks", ())
+    methods = [callback["arguments"]["method"] for callback in described if callback["class"] == "FineTune"]
+    hint = f", with the method {methods[0]!r} applied to it" if methods else ""
     raise ConfigurationError(
         f"The names in {title} and in the base differ: {' and '.join(differences)}; expected the module that it was "
         f"trained from{hint}."
