@@ -1,10 +1,13 @@
 """``lightning-bsr merge``: full weights from the configured model or from a file."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_bsr import ViTClassifier
+from lightning_bsr import ConfigurationError, ViTClassifier
+from lightning_bsr._merge_command import MergeCommand
 from lightning_bsr.cli import main
 from lightning_bsr.functional import save_delta, select_blocks_
 
@@ -33,21 +36,18 @@ def test_merge__takes_the_base_from_the_configuration_or_a_file(tmp_path, monkey
     # The head starts at random, and is in the delta.
     assert equal(load_file("full.safetensors"), trained.state_dict())
     assert "Written: full.safetensors, 152 tensors of 2,395,530 values.\n" in capsys.readouterr().out
-    main(["merge", "--base=base.safetensors", "--delta=delta.safetensors", "--output=bare.safetensors"])
+    # The command line makes such a Trainer; to parse takes longer than to merge.
+    trainer = MergeCommand(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.merge(base, "delta.safetensors", "bare.safetensors", base="base.safetensors")
     assert equal(load_file("bare.safetensors"), trained.model.state_dict())
     assert equal(ViTClassifier(checkpoint_path="bare.safetensors").state_dict(), trained.state_dict())
 
-    for arguments, message in (
-        (
-            ["--output=full.safetensors"],
-            "output is 'full.safetensors', which exists already; with --overwrite true it ",
-        ),
-        (["--output=full.ckpt"], "output is 'full.ckpt', expected a file name that ends in .safetensors."),
-        (
-            ["--output=other.safetensors", "--base=none.safetensors"],
-            "base is 'none.safetensors', expected an existing file.",
-        ),
+    for output, options, message in (
+        ("full.safetensors", {}, "output is 'full.safetensors', which exists already; with --overwrite true it is "),
+        ("full.ckpt", {}, "output is 'full.ckpt', expected a file name that ends in .safetensors."),
+        ("other.safetensors", {"base": "none.safetensors"}, "base is 'none.safetensors', expected an existing file."),
     ):
-        with pytest.raises(SystemExit):
-            main(["merge", "--delta=delta.safetensors", *arguments])
-        assert f"lightning-bsr: error: {message}" in capsys.readouterr().err
+        with pytest.raises(ConfigurationError) as error:
+            trainer.merge(base, "delta.safetensors", output, **options)
+        assert str(error.value).startswith(message)
+    assert not Path("other.safetensors").exists()
