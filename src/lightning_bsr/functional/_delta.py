@@ -163,7 +163,7 @@ def load_delta(model: nn.Module, path: str | Path) -> LoadedDelta:
         ...     save_delta(model, f"{folder}/delta.safetensors")
         ...     drop.remove()
         ...     print(load_delta(model, f"{folder}/delta.safetensors"))
-        18 tensors of 54,986 values loaded; blocks 1, 3 of the ViT (VisionTransformer) keep 0.5 of the patch tokens:
+        16 tensors of 42,506 values loaded; blocks 1, 3 of the ViT (VisionTransformer) keep 0.5 of the patch tokens:
         101 -> 52 -> 28 tokens
     """
     state, delta = model.state_dict(), read_delta(path)
