@@ -22,6 +22,17 @@ def tiny_vit(**kwargs) -> nn.Module:
     return timm.models.vision_transformer.VisionTransformer(**{**arguments, **kwargs})
 
 
+def state(module):
+    """What a callback must leave as it was: flags, modes, hooks and what is set on instances."""
+    return {
+        "flags": [p.requires_grad for p in module.parameters()],
+        "attributes": {name: sorted(vars(m)) for name, m in module.model.named_modules()},
+        "modes": [m.training for m in module.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()],
+        "own": {"configure_model", "on_load_checkpoint"} & vars(module).keys(),
+    }
+
+
 class PlainModule(LightningModule):
     def __init__(self, **kwargs):
         super().__init__()

@@ -4,15 +4,16 @@ import contextlib
 
 from lightning.pytorch.cli import LightningCLI
 
+from lightning_bsr._merge_command import MergeCommand
 from lightning_bsr.comparison import CompareCommand
 from lightning_bsr.planning._command import PlanCommand
 from lightning_bsr.planning._configuration import planning_configuration
 
-SUBCOMMANDS = {"compare": {"model", "datamodule"}, "plan": {"model", "datamodule"}}
+SUBCOMMANDS = {name: {"model", "datamodule"} for name in ("compare", "merge", "plan")}
 """Each subcommand with the arguments that are no options, as ``LightningCLI.subcommands`` returns them."""
 
 
-class CommandTrainer(PlanCommand, CompareCommand):
+class CommandTrainer(PlanCommand, CompareCommand, MergeCommand):
     """A Trainer that can also do what this package's subcommands ask for; the command line makes it."""
 
 

@@ -16,6 +16,7 @@ from plain_modules import (
     PlainModule,
     RandomImages,
     ResumableLoader,
+    state,
 )
 
 
@@ -43,16 +44,6 @@ class Spy(Callback):
         self._look(pl_module)
 
     on_validation_batch_start = on_predict_batch_start = on_test_batch_start
-
-
-def state(module):
-    return {
-        "flags": [p.requires_grad for p in module.parameters()],
-        "attributes": {name: sorted(vars(m)) for name, m in module.model.named_modules()},
-        "modes": [m.training for m in module.modules()],
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()],
-        "own": "configure_model" in vars(module),
-    }
 
 
 def weights(module):

@@ -3,6 +3,7 @@
 from lightning_bsr.callbacks.activation_checkpoint import ActivationCheckpoint
 from lightning_bsr.callbacks.activation_memory_monitor import ActivationMemoryMonitor
 from lightning_bsr.callbacks.block_select import BlockSelect, BlockSelectCallback
+from lightning_bsr.callbacks.delta_checkpoint import DeltaCheckpoint
 from lightning_bsr.callbacks.lean_activations import LeanActivations
 from lightning_bsr.callbacks.prefix_cache import PrefixCache
 from lightning_bsr.callbacks.quantize_frozen import QuantizeFrozen
@@ -14,6 +15,7 @@ __all__ = [
     "ActivationMemoryMonitor",
     "BlockSelect",
     "BlockSelectCallback",
+    "DeltaCheckpoint",
     "LeanActivations",
     "PrefixCache",
     "QuantizeFrozen",

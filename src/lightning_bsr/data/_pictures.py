@@ -15,11 +15,20 @@ _NAMED_AT_MOST = 5
 
 
 def load_rgb(path: str | Path) -> Image.Image:
-    """Decode a whole file; grey, palette, transparent and CMYK pictures become RGB."""
-    with Path(path).open("rb") as file, Image.open(file) as image:
-        # Pillow warns when transparency that a palette holds is dropped in one step.
-        opaque = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
-        return opaque.convert("RGB")
+    """Decode a whole file; grey, palette, transparent and CMYK pictures become RGB.
+
+    Raises:
+        OSError: It cannot be read or decoded; names it.
+    """
+    try:
+        with Path(path).open("rb") as file, Image.open(file) as image:
+            # Pillow warns when transparency that a palette holds is dropped in one step.
+            opaque = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
+            return opaque.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise whatever their format's parser stumbles over
+        raise OSError(
+            f"The image file {path} cannot be decoded ({type(error).__name__}: {error}); repair or remove it."
+        ) from error
 
 
 class PictureFolder(ImageFolder):  # type: ignore[misc]
@@ -131,6 +140,6 @@ def _list_folder(folder: Path) -> list[os.DirEntry[str]]:
 def _is_decodable(path: str) -> bool:
     try:
         load_rgb(path)
-    except Exception:  # Pillow's decoders raise whatever their format's parser stumbles over
+    except OSError:
         return False
     return True

@@ -3,6 +3,8 @@
 from lightning_bsr.functional._attention_backward import attention_gradients, install_attention_by_products
 from lightning_bsr.functional._bitfit import BiasSelection, train_biases_
 from lightning_bsr.functional._checkpoint import install_checkpointing
+from lightning_bsr.functional._delta import LoadedDelta, load_delta, merge_delta, save_delta
+from lightning_bsr.functional._delta_file import Delta, read_delta
 from lightning_bsr.functional._installed import BlockForwardsHandle
 from lightning_bsr.functional._keep_rate import cosine_keep_rate
 from lightning_bsr.functional._lean import HalfPolicies, LeanPolicy, install_lean_activations
@@ -22,8 +24,10 @@ __all__ = [
     "BiasSelection",
     "BlockForwardsHandle",
     "BlockSelection",
+    "Delta",
     "HalfPolicies",
     "LeanPolicy",
+    "LoadedDelta",
     "LoraHandle",
     "PrefixCacheHandle",
     "QuantizedHandle",
@@ -46,11 +50,15 @@ __all__ = [
     "install_sparse_activations",
     "install_token_drop",
     "install_unread_skip",
+    "load_delta",
     "mean_scores",
+    "merge_delta",
     "num_kept_tokens",
     "quantize_frozen_",
     "random_scores",
+    "read_delta",
     "release_gradients_",
+    "save_delta",
     "select_blocks_",
     "train_biases_",
 ]

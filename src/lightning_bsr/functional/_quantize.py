@@ -280,7 +280,12 @@ def _own_tensors(part: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from part.named_buffers(recurse=False, remove_duplicate=False)
 
 
-def _is_quantized(layer: nn.Linear) -> bool:
+def quantized_weights(module: nn.Module) -> list[str]:
+    """Name the weights in ``module`` that are held in 8 bits now."""
+    return [f"{name}.weight" for name, part in module.named_modules() if _is_quantized(part)]
+
+
+def _is_quantized(layer: nn.Module) -> bool:
     return isinstance(vars(layer).get("forward"), QuantizedForward)
 
 

@@ -62,22 +62,23 @@ def create_from_checkpoint(model_name: str, num_classes: int, path: Path, model_
     return model
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path, argument: str = "checkpoint_path") -> dict[str, Tensor]:
     """Read the state dict of a timm model from a file, without running any code that the file may hold.
 
     Args:
         path: A ``.safetensors`` file, or a torch file whose state dict may lie under ``state_dict`` or
             ``model`` and whose keys may all begin with ``model.``, as in a Lightning checkpoint of
             ``ViTClassifier``.
+        argument: What the user's argument is called.
 
     Raises:
         ConfigurationError: There is no such file, its suffix is not one of those, or it holds no state dict.
     """
     if path.suffix not in (".safetensors", *_TORCH_SUFFIXES):
         available = ", ".join((".safetensors", *_TORCH_SUFFIXES))
-        raise ConfigurationError(f"checkpoint_path is '{path}', expected a file ending in one of {available}.")
+        raise ConfigurationError(f"{argument} is '{path}', expected a file ending in one of {available}.")
     if not path.is_file():
-        raise ConfigurationError(f"checkpoint_path is '{path}', expected an existing file.")
+        raise ConfigurationError(f"{argument} is '{path}', expected an existing file.")
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
@@ -93,7 +94,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         KeyError,
     ) as error:
         raise ConfigurationError(
-            f"checkpoint_path is '{path}', which cannot be read ({type(error).__name__}); expected a "
+            f"{argument} is '{path}', which cannot be read ({type(error).__name__}); expected a "
             "safetensors file or a torch file of tensors that loads with weights_only=True."
         ) from error
     for key in ("state_dict", "model"):
@@ -101,7 +102,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             content = content[key]
     if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
         raise ConfigurationError(
-            f"checkpoint_path is '{path}', which holds no state dict; expected one at the top, under "
+            f"{argument} is '{path}', which holds no state dict; expected one at the top, under "
             "'state_dict' or under 'model'."
         )
     weights: dict[str, Tensor] = clean_state_dict(content)

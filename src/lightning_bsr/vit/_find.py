@@ -47,7 +47,7 @@ def find_vit(module: nn.Module, path: str | None = None) -> ViTView:
         >>> find_vit(module, "student").name
         "ViT 'student' (VisionTransformer)"
     """
-    views = list(_vits(module))
+    views = list(iter_vits(module))
     if path is not None:
         views = _below(module, path, views)
     if len(views) == 1:
@@ -60,7 +60,8 @@ def find_vit(module: nn.Module, path: str | None = None) -> ViTView:
     raise ConfigurationError(_nothing_found(module, path))
 
 
-def _vits(module: nn.Module) -> Iterator[ViTView]:
+def iter_vits(module: nn.Module) -> Iterator[ViTView]:
+    """Yield a view of each Vision Transformer in ``module``."""
     found = [*_known(module), *(view for path, owner in module.named_modules() for view in _plain(module, path, owner))]
     seen = {part for view in found for block in view.blocks for part in block.modules()}
     staged = [view for path, owner in module.named_modules() if (view := _staged(module, path, owner, seen))]
