@@ -32,7 +32,7 @@ class Spy(Callback):
 
     def _look(self, pl_module):
         self.trained = {n.split(".")[2] for n, p in pl_module.named_parameters() if p.requires_grad and "blocks" in n}
-        self.dropping = {i for i, block in enumerate(pl_module.model.blocks) if "forward" in vars(block)}
+        self.dropping = {i for i, block in enumerate(pl_module.model.blocks) if drops_tokens(block)}
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self._look(pl_module)
@@ -67,7 +67,8 @@ def test_fit__trains_the_chosen_blocks_of_any_module(module_class, order, make_t
 
 
 def test_fit__equals_the_functional_api_in_a_plain_loop(make_trainer, images):
-    from lightning_bsr.functional import install_token_drop, select_blocks_
+    from lightning_bsr.functional._drop_forward import drops_tokens
+from lightning_bsr.functional import install_token_drop, select_blocks_
 
     module, plain = PlainModule(), PlainModule()
     make_trainer(*levers()).fit(module, images)
