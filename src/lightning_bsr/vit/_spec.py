@@ -47,6 +47,7 @@ class BlockSpec:
         self_attention: The name in ``attn`` that holds the self-attention; it is given the extra arguments of
             the block's forward (attention mask and the like). In a list of modules, it is their child ``attn`` that is.
         tables: The arguments of the block's forward that have a row for each patch token.
+        position_bias: Whether the attention has a bias of its own for each pair of positions.
         keeps_tokens: Why tokens cannot be dropped in such blocks, as the end of a sentence; empty where they can.
 
     Example:
@@ -58,7 +59,13 @@ class BlockSpec:
     mlp: tuple[str, ...]
     self_attention: str = "attn"
     tables: tuple[TokenTable, ...] = ()
+    position_bias: bool = False
     keeps_tokens: str = ""
+
+    @property
+    def is_positioned(self) -> bool:
+        """Whether the block computes something else for the same tokens at other positions."""
+        return bool(self.tables) or self.position_bias
 
     @property
     def is_one_branch(self) -> bool:
