@@ -158,8 +158,8 @@ def page(isotropic: dict[str, dict[str, Result]], others: dict[str, dict[str, Re
         "",
         f"What became of each name of timm {timm.__version__} (torch {torch.__version__.split('+')[0]}): built with "
         "few blocks and channels and a small image, the first and the last block selected, tokens dropped in two "
-        f"blocks at keep rate {KEEP_RATE}, one forward and backward pass. A model passes if the counts of tokens are those "
-        "announced, the gradients of the selected blocks are finite, the scores come from its own attention, and "
+        f"blocks at keep rate {KEEP_RATE}, one forward and backward pass. A model passes if the counts of tokens are "
+        "those announced, the gradients of the selected blocks are finite, the scores come from its own attention, and "
         "nothing is left behind. Names that are one architecture at that size share a run. Written by "
         "`docs/scripts/support_table.py`.",
         "",
