@@ -53,8 +53,9 @@ def build(name: str, **arguments: object) -> tuple[nn.Module, int]:
     """Build a model with two blocks, as narrow as its constructor lets it be, and say for which size of images."""
     narrow = (GEMMA, *NARROW) if name.startswith("gemma") else NARROW
     errors = []
-    for width in narrow:
-        for depth in ({"depth": 2}, {}):
+    # Never as wide and as deep as it is: some would take all memory.
+    for depth, widths in (({"depth": 2}, narrow), ({}, narrow[:-1])):
+        for width in widths:
             for size in SIZES:
                 options = {**width, **depth, **({} if size is None else {"img_size": size}), **arguments}
                 try:
