@@ -53,8 +53,9 @@ def build(name: str, **arguments: object) -> tuple[nn.Module, int]:
     """Build a model with two blocks, as narrow as its constructor lets it be, and say for which size of images."""
     narrow = (GEMMA, *NARROW) if name.startswith("gemma") else NARROW
     errors = []
-    for width in narrow:
-        for depth in ({"depth": 2}, {}):
+    # Never as wide and as deep as it is: some would take all memory.
+    for depth, widths in (({"depth": 2}, narrow), ({}, narrow[:-1])):
+        for width in widths:
             for size in SIZES:
                 options = {**width, **depth, **({} if size is None else {"img_size": size}), **arguments}
                 try:
@@ -157,14 +158,14 @@ def page(isotropic: dict[str, dict[str, Result]], others: dict[str, dict[str, Re
         "# Every ViT of timm",
         "",
         f"What became of each name of timm {timm.__version__} (torch {torch.__version__.split('+')[0]}): built with "
-        "few blocks and channels and a small image, the first and the last block selected, tokens dropped in two blocks "
-        f"at keep rate {KEEP_RATE}, one forward and backward pass. A model passes if the counts of tokens are those "
-        "announced, the gradients of the selected blocks are finite, the scores come from its own attention, and nothing "
-        "is left behind. Names that are one architecture at that size share a run. Written by "
+        "few blocks and channels and a small image, the first and the last block selected, tokens dropped in two "
+        f"blocks at keep rate {KEEP_RATE}, one forward and backward pass. A model passes if the counts of tokens are "
+        "those announced, the gradients of the selected blocks are finite, the scores come from its own attention, and "
+        "nothing is left behind. Names that are one architecture at that size share a run. Written by "
         "`docs/scripts/support_table.py`.",
         "",
-        f"**{passed} of {len(results)} names of isotropic ViTs drop tokens ({100 * passed / len(results):.1f} %); blocks "
-        'can be selected in all of them.** `cls` and `mean` are the scores that `score="auto"` takes.',
+        f"**{passed} of {len(results)} names of isotropic ViTs drop tokens ({100 * passed / len(results):.1f} %); "
+        'blocks can be selected in all of them.** `cls` and `mean` are the scores that `score="auto"` takes.',
         "",
         "| module | block | score | names | drop tokens |",
         "|---|---|---|---|---|",

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_bsr import ActivationMemoryMonitor, BlockSelect, ConfigurationError, TokenDrop
+from lightning_bsr.functional._drop_forward import drops_tokens
 from plain_modules import (
     BuildsInConfigureModel,
     BuildsInSetup,
@@ -67,8 +68,7 @@ def test_fit__trains_the_chosen_blocks_of_any_module(module_class, order, make_t
 
 
 def test_fit__equals_the_functional_api_in_a_plain_loop(make_trainer, images):
-    from lightning_bsr.functional._drop_forward import drops_tokens
-from lightning_bsr.functional import install_token_drop, select_blocks_
+    from lightning_bsr.functional import install_token_drop, select_blocks_
 
     module, plain = PlainModule(), PlainModule()
     make_trainer(*levers()).fit(module, images)

@@ -8,6 +8,8 @@ from timm.models.vision_transformer import Block
 from lightning_bsr.functional import install_token_drop, select_blocks_
 from lightning_bsr.vit import find_vit
 
+SMALL = {"embed_dim": 64, "depth": 4, "num_heads": 2, "img_size": 64}
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["vision_transformer", "deit"])
@@ -42,12 +44,19 @@ def test_every_name_built_of_block__is_found_selected_and_dropped(family):
         ("vit_small_patch14_reg4_dinov2", {"embed_dim": 48, "depth": 4, "num_heads": 2, "img_size": 56}, "cls"),
         ("deit3_small_patch16_224", {"embed_dim": 48, "depth": 4, "num_heads": 2, "img_size": 64}, "cls"),
         ("vit_tiny_r_s16_p8_224", {"embed_dim": 48, "depth": 4, "num_heads": 2, "img_size": 64}, "cls"),
+        ("vit_small_patch16_18x2_224", SMALL, "cls"),
+        ("vit_relpos_small_patch16_224", SMALL, "mean"),
+        ("beit_base_patch16_224", SMALL, "cls"),
+        ("eva02_tiny_patch14_224", {**SMALL, "img_size": 56}, "cls"),
+        ("vit_small_patch16_dinov3", SMALL, "cls"),
+        ("vit_small_patch16_rope_mixed_224", SMALL, "cls"),
     ],
 )
 def test_families__train_a_step_with_fewer_tokens(name, arguments, score):
     model = timm.create_model(name, num_classes=10, **arguments)
     select_blocks_(model, [1, 3])
-    handle = install_token_drop(model, [1, 2], 0.5, score=score)
+    handle = install_token_drop(model, [1, 2], 0.5)
+    assert handle.forwards[1].score == score
     tokens = []
     for block in model.blocks:
         block.register_forward_hook(lambda _m, _i, output: tokens.append(output.shape[1]))

@@ -190,6 +190,11 @@ def install_prefix_cache(
         >>> handle.remove()
     """
     view = find_vit(module, vit)
+    if view.keeps_tokens:
+        raise ConfigurationError(
+            f"The {view.name} has no prefix that could be stored: what lies between its blocks "
+            f"({type(view.blocks[0]).__name__}) is not known to leave their output as it is."
+        )
     prefix_blocks = _prefix_blocks(view, blocks)
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
         raise ConfigurationError(f"max_bytes is {max_bytes!r}, expected a whole number of bytes above 0.")

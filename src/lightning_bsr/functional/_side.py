@@ -181,6 +181,11 @@ def install_side_network(
         >>> handle.remove()
     """
     view = find_vit(module, vit)
+    if view.keeps_tokens:
+        raise ConfigurationError(
+            f"The {view.name} takes no side network, which needs the same tokens after every block: its blocks "
+            f"({type(view.blocks[0]).__name__}) {view.keeps_tokens}."
+        )
     width = _width(view)
     if isinstance(reduction, bool) or not isinstance(reduction, int) or not 1 <= reduction <= width:
         raise ConfigurationError(f"reduction is {reduction!r}, expected 1 to {width}, the width of the {view.name}.")

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.functional import num_kept_tokens
 from lightning_bsr.functional._drop_forward import drops_tokens
 from lightning_bsr.functional._select import Part
@@ -55,6 +56,12 @@ class BudgetSearch:
         max_drops: int,
         recompute: bool,
     ) -> None:
+        if view.keeps_tokens or any(spec.is_positioned for spec in view.specs):
+            kind = type(view.blocks[0]).__name__
+            raise ConfigurationError(
+                f"A budget cannot choose for the {view.name}: its blocks ({kind}) cannot be planned one by one, "
+                "from the number of their tokens; choose blocks yourself, and ask plan what they take."
+            )
         self._module = module
         self.view = view
         self._plan_step = plan_step

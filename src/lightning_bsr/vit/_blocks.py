@@ -25,9 +25,9 @@ _TIMM = {
     "vision_transformer.ParallelThingsBlock": BlockSpec(attn=("attns",), mlp=("ffns",), self_attention="attns"),
     "vision_transformer.ParallelScalingBlock": _ONE_BRANCH,
     "vision_transformer.DiffParallelScalingBlock": _ONE_BRANCH,
-    "vision_transformer_relpos.RelPosBlock": _PRE_NORM,
-    "vision_transformer_relpos.ResPostRelPosBlock": _POST_NORM,
-    "beit.Block": _GAMMAS,
+    "vision_transformer_relpos.RelPosBlock": replace(_PRE_NORM, position_bias=True),
+    "vision_transformer_relpos.ResPostRelPosBlock": replace(_POST_NORM, position_bias=True),
+    "beit.Block": replace(_GAMMAS, position_bias=True),
     "eva.EvaBlock": replace(_GAMMAS, tables=_ROPE),
     "eva.EvaBlockPostNorm": replace(_POST_NORM, tables=_ROPE),
     "deepseek_vit.DeepseekVitBlock": BlockSpec(

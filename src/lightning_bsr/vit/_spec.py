@@ -51,6 +51,7 @@ class BlockSpec:
         tables: The arguments of the block's forward that have a row for each patch token.
         attention_arguments: What makes of these keyword arguments those of the self-attention, given the block, where
             they differ.
+        position_bias: Whether the attention has a bias of its own for each pair of positions.
         keeps_tokens: Why tokens cannot be dropped in such blocks, as the end of a sentence; empty where they can.
 
     Example:
@@ -63,7 +64,13 @@ class BlockSpec:
     self_attention: str = "attn"
     tables: tuple[TokenTable, ...] = ()
     attention_arguments: Callable[[nn.Module, Mapping[str, Any]], dict[str, Any]] | None = None
+    position_bias: bool = False
     keeps_tokens: str = ""
+
+    @property
+    def is_positioned(self) -> bool:
+        """Whether the block computes something else for the same tokens at other positions."""
+        return bool(self.tables) or self.position_bias
 
     @property
     def is_one_branch(self) -> bool:
