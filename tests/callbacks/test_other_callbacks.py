@@ -190,7 +190,11 @@ def test_backbone_finetuning__is_refused_beside(callbacks, name, first, make_tra
 @pytest.mark.filterwarnings("ignore:.*will no longer be optimized")
 def test_backbone_finetuning__works_beside_what_selects_nothing(make_trainer):
     modules = []
-    for more in ([], [LeanActivations(), ActivationMemoryMonitor()], [LeanActivations("recompute"), ReleaseGradients()]):
+    for more in (
+        [],
+        [LeanActivations(), ActivationMemoryMonitor()],
+        [LeanActivations("recompute"), ReleaseGradients()],
+    ):
         module = WithHead()
         callbacks = [TokenDrop([0, 1], 0.5), unfreezing(), *more]
         make_trainer(*callbacks, max_epochs=3, limit_val_batches=0).fit(module, datamodule=Images())

@@ -98,7 +98,9 @@ def test_ddp__methods_train_the_same_weights_in_both_processes(method, make_trai
     def fit(rank):
         module, before = Small(), weights(Small())
         torch.manual_seed(rank)  # new weights may differ at first
-        trainer = make_trainer(FineTune(method), strategy="ddp", devices=2, use_distributed_sampler=False, limit_val_batches=0)
+        trainer = make_trainer(
+            FineTune(method), strategy="ddp", devices=2, use_distributed_sampler=False, limit_val_batches=0
+        )
         trainer.fit(module, datamodule=Halves())
         return weights(module), before
 
