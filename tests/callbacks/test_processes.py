@@ -197,8 +197,8 @@ REFUSALS = {
     ),
     "prefix": (
         lambda: [BlockSelect([1]), PrefixCache()],
-        "The strategy is ModelParallelStrategy, expected a single device or DDP, as PrefixCache needs the whole weights "
-        "of the blocks whose output it stores.",
+        "The strategy is ModelParallelStrategy, expected a single device or DDP, as PrefixCache needs the whole "
+        "weights of the blocks whose output it stores.",
     ),
     "auto": (
         lambda: [BlockSelect("auto", memory_budget="1MiB")],

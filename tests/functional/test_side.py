@@ -190,8 +190,8 @@ def test_install_side_network__refuses_blocks_that_are_computed_again():
     with pytest.raises(ConfigurationError) as error:
         install_side_network(model)
     assert str(error.value) == (
-        "The ViT (VisionTransformer) computes its blocks again in backward (grad_checkpointing), but a side network may "
-        "step after each block only once; turn it off with set_grad_checkpointing(False): backward never enters the "
+        "The ViT (VisionTransformer) computes its blocks again in backward (grad_checkpointing), but a side network "
+        "may step after each block only once; turn it off with set_grad_checkpointing(False): backward never enters the "
         "blocks."
     )
     assert not hasattr(model, "side_network")
