@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.callbacks._attach import AttachingCallback, Handle
 from lightning_bsr.callbacks._auto import AutoConfiguration
+from lightning_bsr.callbacks._conflicts import refuse_stale_average, refuse_unfreezing
 from lightning_bsr.functional import (
     SideNetwork,
     SideNetworkHandle,
@@ -365,7 +366,8 @@ class FineTune(AttachingCallback):
 
     Raises:
         ConfigurationError: In the constructor for an unknown method or option; at the start of a run, if the method
-            does not fit the module; when training resumes from a checkpoint of another method.
+            does not fit the module, or another callback unfreezes the ViT or averages weights without those that the
+            method adds; when training resumes from a checkpoint of another method.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -389,9 +391,15 @@ class FineTune(AttachingCallback):
     def state_key(self) -> str:
         return self._generate_state_key(vit=self.vit)
 
+    @property
+    def _name(self) -> str:
+        return f"FineTune({self.method!r})"
+
     @override
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> Handle:
         self._fitting = trainer.state.fn == "fit"
+        if self._fitting:
+            refuse_unfreezing(trainer, pl_module, find_vit(pl_module, self.vit), self._name)
         if self._auto is not None:
             budget = self.options.get("memory_budget") or _published(find_vit(pl_module, self.vit))
             kind = self.options.get("budget_kind", "activations")
@@ -402,6 +410,10 @@ class FineTune(AttachingCallback):
         handle = apply_method_(pl_module, self.method, vit=self.vit, evaluation=not self._fitting, **options)
         self._side = next((part for part in handle.parts if isinstance(part, SideNetworkHandle)), None)
         return handle
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_stale_average(trainer, pl_module, self._name)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -421,6 +433,6 @@ class FineTune(AttachingCallback):
         if self._fitting and state_dict.get("method") != self.method:
             raise ConfigurationError(
                 f"The checkpoint was trained with FineTune({state_dict.get('method')!r}), which differs from the "
-                f"present FineTune({self.method!r}), so the optimizer's state does not fit; resume with the same "
+                f"present {self._name}, so the optimizer's state does not fit; resume with the same "
                 "method, or load only the weights."
             )

@@ -182,3 +182,16 @@ def test_str__counts_parameters():
         "a side network of width 8 trains beside the ViT 'model' (VisionTransformer): 3,849 of 83,754 parameters "
         "(4.6 %)"
     )
+
+
+def test_install_side_network__refuses_blocks_that_are_computed_again():
+    model = tiny_vit(depth=2)
+    model.set_grad_checkpointing()
+    with pytest.raises(ConfigurationError) as error:
+        install_side_network(model)
+    assert str(error.value) == (
+        "The ViT (VisionTransformer) computes its blocks again in backward (grad_checkpointing), but a side network "
+        "may step after each block only once; turn it off with set_grad_checkpointing(False): backward never "
+        "enters the blocks."
+    )
+    assert not hasattr(model, "side_network")

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from lightning_bsr._errors import ConfigurationError
+from lightning_bsr.callbacks._conflicts import callbacks_of
 
 
 class Handle(Protocol):
@@ -63,7 +64,7 @@ class AttachingCallback(Callback):
         self._detach_in_order(trainer, pl_module)
 
     def _detach_in_order(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by one of the Trainer's connectors
+        for callback in callbacks_of(trainer):
             if isinstance(callback, AttachingCallback) and callback.late:
                 callback._detach(pl_module)
         self._detach(pl_module)

@@ -5,16 +5,18 @@ from typing import Any
 import rich
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.callbacks._attach import Handle
+from lightning_bsr.callbacks._conflicts import callbacks_of, has_whole_weights, refuse_batch_size_search
 from lightning_bsr.callbacks._training_step import first_batches, optimizers_over_all, quiet_training_step
 from lightning_bsr.callbacks.lean_activations import LeanActivations
 from lightning_bsr.callbacks.token_drop import TokenDrop
+from lightning_bsr.functional._installed import refuse_sharded
 from lightning_bsr.memory import BudgetKind, BudgetPlan, Configuration, fit_budget
+from lightning_bsr.vit import find_vit
 
 PROBE_BATCHES = 4
 
@@ -40,7 +42,7 @@ def choose_configuration(
         ConfigurationError: If nothing fits in the budget, or the module or the data cannot be probed.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+    if has_whole_weights(trainer):
         # What is going to be done anyway, a little later.
         trainer.precision_plugin.convert_module(pl_module)
         pl_module.to(strategy.root_device)
@@ -95,6 +97,8 @@ class AutoConfiguration:
         self._attached = (pl_module, vit, trainer.state.fn == "fit")
         if trainer.state.fn == "fit":
             _check_others(trainer)
+            refuse_batch_size_search(trainer)
+            refuse_sharded(find_vit(pl_module, vit), "a memory budget cannot choose", "choose before it is")
             self.budget_plan = choose_configuration(trainer, pl_module, budget, kind, vit=vit)
             self.chosen = self.budget_plan.choice
             if trainer.is_global_zero:
@@ -137,7 +141,7 @@ class AutoConfiguration:
 
 
 def _check_others(trainer: Trainer) -> None:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by one of the Trainer's connectors
+    for callback in callbacks_of(trainer):
         if isinstance(callback, LeanActivations) and callback.policy != {}:
             raise ConfigurationError(
                 "A memory budget chooses what each half-block keeps, and so does "

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_bsr._errors import ConfigurationError
+from lightning_bsr.callbacks._conflicts import has_whole_weights
 from lightning_bsr.memory import MIB, ActivationRecorder, MemoryReport
 from lightning_bsr.vit import ViTView, find_vit
 
@@ -25,8 +26,8 @@ class ActivationMemoryMonitor(Callback):
     - ``memory/rss_mib``: on the CPU, the resident memory of the process now.
 
     After the first batch a table of the activations by block is printed, if the module holds a ViT that is not compiled
-    as a whole. The other batches cost nothing. Tensors saved inside a region with saved-tensor hooks of its own are not
-    seen.
+    as a whole. The other batches cost nothing. Strategies that divide weights (FSDP) leave only the memory in use to
+    log. Tensors saved inside a region with saved-tensor hooks of its own are not seen.
 
     Args:
         every_n_steps: How many batches from one measurement to the next.
@@ -56,6 +57,12 @@ class ActivationMemoryMonitor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._view = self._find(pl_module)
+        self._counts = has_whole_weights(trainer)
+        if not self._counts:
+            rank_zero_info(
+                f"ActivationMemoryMonitor: {type(trainer.strategy).__name__} divides weights, and what it gathers of "
+                "them cannot be told from activations; only the memory in use is logged."
+            )
         self._batches = 0
         self.report = None
         device_module = _accelerator_module(pl_module.device)
@@ -64,7 +71,8 @@ class ActivationMemoryMonitor(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._batches % self.every_n_steps == 0:
+        self._measures = self._batches % self.every_n_steps == 0
+        if self._measures and self._counts:
             self._recorder = ActivationRecorder(pl_module, self._view)
             self._recorder.__enter__()
             self._batch_is_new = True
@@ -87,7 +95,7 @@ class ActivationMemoryMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._recorder is None:
+        if not self._measures:
             return
         self._stop()
         values = _memory_in_use(pl_module.device)

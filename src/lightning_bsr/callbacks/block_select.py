@@ -9,9 +9,11 @@ from typing_extensions import override
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.callbacks._attach import AttachingCallback, Handle
 from lightning_bsr.callbacks._auto import AutoConfiguration
+from lightning_bsr.callbacks._conflicts import refuse_unfreezing
 from lightning_bsr.functional import BlockSelection, select_blocks_
 from lightning_bsr.memory import BudgetKind, BudgetPlan, Configuration, parse_bytes
 from lightning_bsr.memory._configuration import InstalledConfiguration
+from lightning_bsr.vit import find_vit
 
 
 class BlockSelect(AttachingCallback):
@@ -45,8 +47,8 @@ class BlockSelect(AttachingCallback):
     Raises:
         ConfigurationError: In the constructor if ``memory_budget`` is missing, is no number of bytes, or is given
             without ``"auto"``. At the start of ``fit``, if there is no ViT, ``blocks`` does not fit it, nothing is left
-            to train, another ``BlockSelect`` holds the ViT, or the checkpoint that training resumes from was made with
-            another selection.
+            to train, another ``BlockSelect`` holds the ViT or another callback unfreezes it, or the checkpoint that
+            training resumes from was made with another selection.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -104,6 +106,8 @@ class BlockSelect(AttachingCallback):
 
     @override
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> Handle:
+        if trainer.state.fn == "fit":
+            refuse_unfreezing(trainer, pl_module, find_vit(pl_module, self.vit), "BlockSelect")
         if self.blocks == "auto":
             assert self.memory_budget is not None
             return self._auto.attach(trainer, pl_module, self.memory_budget, self.budget_kind, self.vit)

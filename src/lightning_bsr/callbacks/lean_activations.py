@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.callbacks._attach import AttachingCallback, Handle
+from lightning_bsr.callbacks._conflicts import has_whole_weights, refuse_batch_size_search
 from lightning_bsr.callbacks._training_step import first_batches, quiet_training_step
 from lightning_bsr.callbacks.release_gradients import releases_gradients
 from lightning_bsr.functional import (
@@ -47,7 +48,8 @@ class LeanActivations(AttachingCallback):
 
     Raises:
         ConfigurationError: In the constructor if ``memory_budget`` is no number of bytes or is given with another
-            policy than ``"recompute"``. At the start of ``fit``, if nothing fits in the budget, there is no ViT,
+            policy than ``"recompute"``. At the start of ``fit``, if nothing fits in the budget, the
+            strategy divides weights or the batch size is searched for beside a budget, there is no ViT,
             ``policy`` does not fit it, a block has lean activations already or, unless its policy is ``"exact"``,
             packs its activations or is recomputed by another callback, or ``skip_unread`` is given for a ViT whose
             head reads patch tokens.
@@ -97,6 +99,12 @@ class LeanActivations(AttachingCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only now everything else is attached, whatever the order of the callbacks, and counts in the plan.
         if self.memory_budget is not None:
+            refuse_batch_size_search(trainer)
+            if not has_whole_weights(trainer):
+                raise ConfigurationError(
+                    f"The strategy of the Trainer is {type(trainer.strategy).__name__}, expected a single device or "
+                    "DDP: a plan for a memory budget needs undivided weights."
+                )
             self._attach(trainer, pl_module)
 
     @override

@@ -4,17 +4,18 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.callbacks._attach import AttachingCallback
+from lightning_bsr.callbacks._conflicts import has_whole_weights, refuse_unfreezing
 from lightning_bsr.callbacks._prefix_data import ADVICE, WatchedData
 from lightning_bsr.functional._prefix import PrefixCacheHandle, StoredDtype, install_prefix_cache
 from lightning_bsr.functional._prefix_pass import PrefixCounts
 from lightning_bsr.memory import MIB, parse_bytes
 from lightning_bsr.memory._bytes import format_bytes
+from lightning_bsr.vit import find_vit
 
 _ENOUGH = 64  # images, to judge by whether images come again
 _FEW = 0.05
@@ -51,7 +52,8 @@ class PrefixCache(AttachingCallback):
     Raises:
         ConfigurationError: In the constructor if ``max_bytes``, ``variants`` or ``seed`` is out of range. At the start
             of ``fit`` if there is no ViT, its first block trains, an argument does not fit it, the strategy shards the
-            module, or the training data are random; later if what the blocks give turns out not to depend on the image
+            module, a callback unfreezes the ViT, or the training data are random; later if what the blocks give turns
+            out not to depend on the image
             alone.
 
     Example:
@@ -94,11 +96,12 @@ class PrefixCache(AttachingCallback):
 
     @override
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> PrefixCacheHandle:
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        if not has_whole_weights(trainer):
             raise ConfigurationError(
                 f"The strategy is {type(trainer.strategy).__name__}, expected a single device or DDP, as PrefixCache "
                 "needs the whole weights of the blocks whose output it stores."
             )
+        refuse_unfreezing(trainer, pl_module, find_vit(pl_module, self.vit), "PrefixCache")
         ranked = self.place != "memory" and trainer.world_size > 1
         return install_prefix_cache(
             pl_module,

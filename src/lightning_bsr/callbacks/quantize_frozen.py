@@ -1,14 +1,14 @@
 """The callback that holds frozen weights of a ViT as 8-bit integers."""
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.callbacks._attach import AttachingCallback
+from lightning_bsr.callbacks._conflicts import AVERAGES, callbacks_of, has_whole_weights, refuse_unfreezing
 from lightning_bsr.functional._quantize import QuantizedHandle, quantize_frozen_
+from lightning_bsr.vit import find_vit
 
 
 class QuantizeFrozen(AttachingCallback):
@@ -24,7 +24,8 @@ class QuantizeFrozen(AttachingCallback):
 
     Raises:
         ConfigurationError: At the start of ``fit``, if there is no ViT, no linear layer in its blocks is frozen, a
-            weight cannot be quantised, the strategy is not for one device or DDP, or a callback averages weights.
+            weight cannot be quantised, the strategy is not for one device or DDP, or a callback averages weights or
+            unfreezes the ViT.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -47,15 +48,16 @@ class QuantizeFrozen(AttachingCallback):
 
     @override
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> QuantizedHandle:
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        if not has_whole_weights(trainer):
             raise ConfigurationError(
                 f"The strategy of the Trainer is {type(trainer.strategy).__name__}, expected SingleDeviceStrategy or "
                 "DDPStrategy: others may divide the weights that QuantizeFrozen rounds."
             )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by one of the Trainer's connectors
-            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, AVERAGES):
                 raise ConfigurationError(
                     f"{type(callback).__name__} would average the 8-bit codes of QuantizeFrozen as if they were "
                     "weights; leave one of the two callbacks out."
                 )
+        refuse_unfreezing(trainer, pl_module, find_vit(pl_module, self.vit), "QuantizeFrozen")
         return quantize_frozen_(pl_module, vit=self.vit)

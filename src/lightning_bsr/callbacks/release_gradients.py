@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_bsr._errors import ConfigurationError
+from lightning_bsr.callbacks._conflicts import callbacks_of
 from lightning_bsr.functional import ReleasedGradients, release_gradients_
 
 _SEE_GRADIENTS = ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
@@ -68,7 +69,7 @@ class ReleaseGradients(Callback):
 
 def releases_gradients(trainer: Trainer) -> bool:
     """Whether ``trainer`` has the callback, attached or not yet."""
-    return any(isinstance(callback, ReleaseGradients) for callback in _callbacks(trainer))
+    return any(isinstance(callback, ReleaseGradients) for callback in callbacks_of(trainer))
 
 
 def _check_trainer(trainer: Trainer) -> None:
@@ -77,7 +78,7 @@ def _check_trainer(trainer: Trainer) -> None:
             f"the Trainer's accumulate_grad_batches is {trainer.accumulate_grad_batches}",
             "accumulate_grad_batches=1, because each gradient is gone before the next batch could add to it",
         )
-    scheduler = next((c for c in _callbacks(trainer) if isinstance(c, GradientAccumulationScheduler)), None)
+    scheduler = next((c for c in callbacks_of(trainer) if isinstance(c, GradientAccumulationScheduler)), None)
     if scheduler is not None:
         raise _refusal(
             f"the Trainer has the callback GradientAccumulationScheduler({scheduler.scheduling})",
@@ -109,7 +110,7 @@ def _check_hooks(trainer: Trainer, pl_module: LightningModule) -> None:
             "lightning_bsr.functional.release_gradients_",
         )
     _check_own(pl_module, LightningModule, (*_SEE_GRADIENTS, "configure_gradient_clipping"))
-    for callback in _callbacks(trainer):
+    for callback in callbacks_of(trainer):
         _check_own(callback, Callback, _SEE_GRADIENTS)
 
 
@@ -122,10 +123,6 @@ def _check_own(one: object, base: type, hooks: Sequence[str]) -> None:
                 f"{type(one).__name__} has its own {hook}",
                 "none, because it would find no gradients; what needs none may run in on_train_batch_end",
             )
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # set by one of the Trainer's connectors
 
 
 def _refusal(given: str, expected: str) -> ConfigurationError:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
+import torch
 from torch import nn
 
 from lightning_bsr._errors import ConfigurationError
@@ -74,6 +75,20 @@ def chosen_blocks(view: ViTView, blocks: BlockChoice, refused: Collection[str]) 
                 if effect in refused:
                     raise ConfigurationError(f"Block {index} of the {view.name} {effect} already; remove that first.")
     return indices
+
+
+def refuse_sharded(view: ViTView, problem: str, remedy: str) -> None:
+    """Refuse a ViT whose parameters are divided among processes, such as by ``fully_shard``.
+
+    Raises:
+        ConfigurationError: If they are; its message has ``problem`` and ``remedy``.
+    """
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.tensor import DTensor  # takes long to import, and some builds of torch have none
+
+    if any(isinstance(p, DTensor) for p in view.model.parameters()):
+        raise ConfigurationError(f"The {view.name} is divided among processes, so {problem}; {remedy}.")
 
 
 def trained_share(model: nn.Module) -> str:

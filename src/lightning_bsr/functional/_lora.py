@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.functional._installed import trained_share
+from lightning_bsr.functional._installed import refuse_sharded, trained_share
 from lightning_bsr.functional._select import BlockSelection, select_blocks_
 from lightning_bsr.vit import ViTView, find_vit
 
@@ -87,8 +87,8 @@ def install_lora(
         A handle; its ``remove()`` merges the adapters into the weights.
 
     Raises:
-        ConfigurationError: If peft is not installed, the ViT is not found, the arguments do not fit it, or it has
-            adapters already. Nothing has changed then.
+        ConfigurationError: If peft is not installed, the ViT is not found, the arguments do not fit it, it has
+            adapters already, or it is divided among processes. Nothing has changed then.
 
     Example:
         >>> import timm
@@ -108,6 +108,7 @@ def install_lora(
     _check(rank, dropout)
     if hasattr(view.model, "peft_config"):
         raise ConfigurationError(f"The {view.name} has adapters of peft already; remove them first.")
+    refuse_sharded(view, "each process would train adapters of its own", "install LoRA before it is divided")
     paths = _target_paths(view, targets)
     selection = select_blocks_(module, [], head=head, norm=False, vit=vit)
     trained = [p for p in view.model.parameters() if p.requires_grad]

@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.functional._drop_forward import drops_tokens
-from lightning_bsr.functional._installed import trained_share
+from lightning_bsr.functional._installed import refuse_sharded, trained_share
 from lightning_bsr.functional._select import BlockSelection, select_blocks_
 from lightning_bsr.vit import ViTView, find_vit
 
@@ -169,8 +169,9 @@ def install_side_network(
         A handle; its ``remove()`` takes the side network out again.
 
     Raises:
-        ConfigurationError: If the ViT is not found, has no known width, has a side network or drops tokens already,
-            or the arguments do not fit it. Nothing has changed then.
+        ConfigurationError: If the ViT is not found, has no known width, has a side network or drops tokens already, is
+            divided among processes or computes its blocks again in backward, or the arguments do not fit it. Nothing
+            has changed then.
 
     Example:
         >>> import timm
@@ -191,6 +192,13 @@ def install_side_network(
         raise ConfigurationError(f"reduction is {reduction!r}, expected 1 to {width}, the width of the {view.name}.")
     if hasattr(view.model, _NAME):
         raise ConfigurationError(f"The {view.name} has a {_NAME} already; remove that first.")
+    refuse_sharded(view, "each process would train a side network of its own", "do not divide it")
+    if getattr(view.model, "grad_checkpointing", False):
+        raise ConfigurationError(
+            f"The {view.name} computes its blocks again in backward (grad_checkpointing), but a side network may step "
+            "after each block only once; turn it off with set_grad_checkpointing(False): backward never enters the "
+            "blocks."
+        )
     for index, block in enumerate(view.blocks):
         if drops_tokens(block):
             raise ConfigurationError(

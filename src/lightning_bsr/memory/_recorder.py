@@ -121,7 +121,9 @@ class ActivationRecorder:
             self._tracker.hold([tensor], "weight_copies" if is_weight_copy else "activations")
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.count(tensor)
+        # Of several recorders only the innermost is told by autograd.
+        for observer in PACK_OBSERVERS:
+            observer(tensor)
         # The tensor itself may be the result of the operation that saves it: a cycle that would outlive its graph.
         return tensor.detach()
 
