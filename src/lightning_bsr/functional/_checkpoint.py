@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -16,20 +16,34 @@ RECOMPUTE_OBSERVERS: list[Callable[[bool], None]] = []
 """Called with ``True`` when a block begins to be computed again in backward, with ``False`` when that ends."""
 
 
+@runtime_checkable
+class Changes(Protocol):
+    """A module with a state that may be another one by the time of backward, such as which task it serves."""
+
+    def as_it_is_now(self) -> contextlib.AbstractContextManager[None]:
+        """Give a context in which the module is as it is now."""
+
+
 class RecomputeContext:
-    """Tells the observers when a recomputation begins and ends, also when it ends early by an exception."""
+    """Tells the observers when a recomputation begins and ends, also when it ends early by an exception.
+
+    Meanwhile the parts of ``block`` that change are as they are now, in the forward pass.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._states = [module.as_it_is_now() for module in block.modules() if isinstance(module, Changes)]
+        self._entered = contextlib.ExitStack()
 
     def __enter__(self) -> None:
+        for state in self._states:
+            self._entered.enter_context(state)
         for observer in RECOMPUTE_OBSERVERS:
             observer(True)
 
     def __exit__(self, *exc_info: object) -> None:
         for observer in RECOMPUTE_OBSERVERS:
             observer(False)
-
-
-def _contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    return contextlib.nullcontext(), RecomputeContext()
+        self._entered.close()
 
 
 class CheckpointForward(BlockForward):
@@ -40,7 +54,7 @@ class CheckpointForward(BlockForward):
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not needs_backward(x, self.block.parameters()):
             return self.call_inner(x, *args, **kwargs)
-        return recompute(self.call_inner, x, *args, **kwargs)
+        return recompute(self.block, self.call_inner, x, *args, **kwargs)
 
 
 def needs_backward(x: torch.Tensor, parameters: Iterable[nn.Parameter]) -> bool:
@@ -48,10 +62,14 @@ def needs_backward(x: torch.Tensor, parameters: Iterable[nn.Parameter]) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
 
 
-def recompute(function: Callable[..., Result], x: torch.Tensor, *args: Any, **kwargs: Any) -> Result:
-    """Run ``function`` so that backward computes it again from its arguments."""
+def recompute(block: nn.Module, function: Callable[..., Result], x: torch.Tensor, *args: Any, **kwargs: Any) -> Result:
+    """Run ``function``, which computes ``block`` or a part of it, so that backward computes it again."""
+
+    def contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        return contextlib.nullcontext(), RecomputeContext(block)
+
     # The compiler takes no context of ours.
-    context: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": _contexts}
+    context: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": contexts}
     result: Result = checkpoint(function, x, *args, use_reentrant=False, **context, **kwargs)
     return result
 
