@@ -5,8 +5,8 @@
 
 The first times one step (forward, and backward into inputs and weights) of one MLP layer of a ViT, dense and as 16
 experts of which each token is sent to 4, for the tokens of 8 images at 197 tokens and after each drop of 3,6,9 @ 0.5.
-Dense and mixture take turns, so that a machine that slows down slows both. A ratio of 1 says that the mixture is as fast
-as the dense layer for each operation. Times are CPU seconds of the process where ``--cpu-time`` is given, which other
+Dense and mixture take turns, so that a machine that slows down slows both. A ratio of 1 says that the mixture is as
+fast as the dense layer for each operation. Times are CPU seconds of the process with ``--cpu-time``, which other
 processes disturb less, but only with one thread.
 
 The second prints the planned step of a whole multi-task ViT with mixtures of experts, with and without BSR, and
