@@ -14,9 +14,9 @@ from lightning_bsr.callbacks import (
     TokenDrop,
     TokenDropCallback,
 )
-from lightning_bsr.data import DigitsDataModule, ImageFolderDataModule
+from lightning_bsr.data import DigitsDataModule, ImageFolderDataModule, MultiTaskDataModule
 from lightning_bsr.methods import FineTune
-from lightning_bsr.models import ViTClassifier
+from lightning_bsr.models import DrawExpertUse, MultiTaskClassifier, ViTClassifier
 from lightning_bsr.vit import register_block
 
 __all__ = [
@@ -26,9 +26,12 @@ __all__ = [
     "BlockSelectCallback",
     "ConfigurationError",
     "DigitsDataModule",
+    "DrawExpertUse",
     "FineTune",
     "ImageFolderDataModule",
     "LeanActivations",
+    "MultiTaskClassifier",
+    "MultiTaskDataModule",
     "PrefixCache",
     "QuantizeFrozen",
     "ReleaseGradients",

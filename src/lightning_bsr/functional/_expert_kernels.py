@@ -161,14 +161,19 @@ def weight_gradients(
 
     Either is given row by row, or token by token with the token of each row.
     """
-    weight = x.new_zeros(len(ends), grad.shape[1], x.shape[1], dtype=dtype)
-    bias = x.new_zeros(len(ends), grad.shape[1], dtype=dtype)
+    # Not zeros: the gradients of many experts are large, and nearly all of it is written below.
+    weight = x.new_empty(len(ends), grad.shape[1], x.shape[1], dtype=dtype)
+    bias = x.new_empty(len(ends), grad.shape[1], dtype=dtype)
+    idle = set(range(len(ends)))
     for expert, part in _slices(ends):
         given = _rows_of(grad, grad_rows, part)
         if row_gates is not None:
             given = given * row_gates[part].to(given.dtype)[:, None]
         _multiply(given.t(), _rows_of(x, x_rows, part).t(), None, weight[expert])
         bias[expert] = given.sum(0)
+        idle.remove(expert)
+    for expert in idle:
+        weight[expert] = bias[expert] = 0
     return weight, bias
 
 

@@ -258,6 +258,14 @@ class Experts:
         """
         return {index: layer.use / layer.use.sum(-1, keepdim=True).clamp(min=1) for index, layer in self.layers.items()}
 
+    def effective_numbers(self) -> Tensor:
+        """How many experts each task in effect uses, mean over blocks, ``[tasks]``.
+
+        The exponential of the entropy of :meth:`use`: 1 if all tokens went to one expert, ``num_experts`` if all
+        experts took as many. It is 1 for a task that had no tokens.
+        """
+        return torch.stack([torch.special.entr(shares).sum(-1).exp() for shares in self.use().values()]).mean(0)
+
     def passed(self) -> dict[int, Tensor]:
         """How many tokens no expert took since :meth:`reset_use`, ``[tasks]`` for each block."""
         return {index: layer.passed.clone() for index, layer in self.layers.items()}
