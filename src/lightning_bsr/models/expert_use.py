@@ -48,7 +48,9 @@ def draw_expert_use(experts: Experts) -> "Figure":
     highest = max(float(shares.max()) for shares in use.values())
     panels = figure.subplots(len(use), squeeze=False)[:, 0]
     for axes, (index, shares) in zip(panels, use.items(), strict=True):
-        image = axes.imshow(shares.cpu(), aspect="auto", cmap="viridis", vmin=0, vmax=max(highest, 1 / num_experts))
+        image = axes.imshow(
+            shares.numpy(force=True), aspect="auto", cmap="viridis", vmin=0, vmax=max(highest, 1 / num_experts)
+        )
         axes.set_title(f"block {index}")
         axes.set_yticks(range(len(names)), names)
         axes.set_xticks(range(num_experts))
