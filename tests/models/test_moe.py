@@ -16,6 +16,7 @@ from lightning_bsr.functional import (
     install_checkpointing,
     install_int8_activations,
     install_lean_activations,
+    install_prefix_cache,
     install_token_drop,
     install_unread_skip,
     select_blocks_,
@@ -466,6 +467,19 @@ def test_unread_skip__leaves_out_tokens_of_a_mixture_too():
     install_unread_skip(model)
     torch.testing.assert_close(model(images()), expected)
     assert int(experts.layers[3].use.sum()) == 2 * 2
+
+
+def test_prefix_cache__refuses_blocks_that_depend_on_the_task():
+    model = tiny_vit(**DEEP)
+    convert_to_moe_(model, [1], 4, 2, tasks=2)
+    select_blocks_(model, [3])
+    with pytest.raises(ConfigurationError) as error:
+        install_prefix_cache(model)
+    assert str(error.value) == (
+        "Block 1 of the ViT (VisionTransformer) has a MoEMlp that computes something else for each task, so its output "
+        "cannot be stored by image; choose blocks before it."
+    )
+    install_prefix_cache(model, 1)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,14 @@ RECOMPUTE_OBSERVERS: list[Callable[[bool], None]] = []
 
 @runtime_checkable
 class Changes(Protocol):
-    """A module with a state that may be another one by the time of backward, such as which task it serves."""
+    """A module that may compute something else by the time of backward, such as for another task.
+
+    Attributes:
+        changes: Whether that is so.
+    """
+
+    @property
+    def changes(self) -> bool: ...
 
     def as_it_is_now(self) -> contextlib.AbstractContextManager[None]:
         """Give a context in which the module is as it is now."""
@@ -31,7 +38,7 @@ class RecomputeContext:
     """
 
     def __init__(self, block: nn.Module) -> None:
-        self._states = [module.as_it_is_now() for module in block.modules() if isinstance(module, Changes)]
+        self._states = [module.as_it_is_now() for module in changing_parts(block)]
         self._entered = contextlib.ExitStack()
 
     def __enter__(self) -> None:
@@ -55,6 +62,11 @@ class CheckpointForward(BlockForward):
         if not needs_backward(x, self.block.parameters()):
             return self.call_inner(x, *args, **kwargs)
         return recompute(self.block, self.call_inner, x, *args, **kwargs)
+
+
+def changing_parts(block: nn.Module) -> list[Changes]:
+    """List the parts of ``block`` whose output depends on more than their input and weights."""
+    return [module for module in block.modules() if isinstance(module, Changes) and module.changes]
 
 
 def needs_backward(x: torch.Tensor, parameters: Iterable[nn.Parameter]) -> bool:

@@ -75,16 +75,21 @@ class Optimization:
                 "them."
             )
 
-    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Group the parameters of a timm model that train, see :func:`parameter_groups`."""
-        return parameter_groups(model, self.lr, self.weight_decay, self.layer_decay)
+    def configure(self, trainer: Trainer, model: nn.Module, *heads: nn.Module, lr: float) -> OptimizerLRScheduler:
+        """Build the optimizer over what trains, and its schedule over the whole run.
 
-    def configure(self, groups: list[dict[str, Any]], trainer: Trainer) -> OptimizerLRScheduler:
-        """Build the optimizer over ``groups`` and its schedule over the whole run.
+        Args:
+            trainer: The run.
+            model: A timm model; only its layers have different learning rates with ``layer_decay``.
+            *heads: What else may train.
+            lr: The learning rate to use: that of the module, which a tuner may have changed.
 
         Raises:
             ConfigurationError: There is nothing to train, or the length of the schedule is unknown.
         """
+        groups = parameter_groups(model, lr, self.weight_decay, self.layer_decay)
+        for head in heads:
+            groups += parameter_groups(head, lr, self.weight_decay, None)
         if not groups:
             raise ConfigurationError(
                 "No parameter of the model requires gradients, expected at least one to train; unfreeze a part of it."

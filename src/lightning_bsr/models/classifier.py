@@ -87,6 +87,7 @@ class ViTClassifier(LightningModule):
         self.optimization = Optimization(
             optimizer, lr, weight_decay, momentum, betas, layer_decay, warmup_steps, warmup_epochs
         )
+        self.lr = lr  # where Lightning's tuner looks for it
         check("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "at least 0 and below 1")
         self.label_smoothing = label_smoothing
         self.model = create_model(
@@ -137,7 +138,7 @@ class ViTClassifier(LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer over what trains now, and its schedule over the whole run."""
-        return self.optimization.configure(self.optimization.groups(self.model), self.trainer)
+        return self.optimization.configure(self.trainer, self.model, lr=self.lr)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -172,6 +172,11 @@ class MoEMlp(nn.Module):
         self.use.zero_()
         self.passed.zero_()
 
+    @property
+    def changes(self) -> bool:
+        """Whether what is computed depends on a task."""
+        return bool(self.tasks)
+
     def as_it_is_now(self) -> contextlib.AbstractContextManager[None]:
         """Give a context in which the task is the present one: what a recomputation needs to repeat this pass."""
         return _Task(self, self.task)

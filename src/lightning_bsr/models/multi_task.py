@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.models._create import create_model
-from lightning_bsr.models._optimization import Optimization, check, parameter_groups
+from lightning_bsr.models._optimization import Optimization, check
 from lightning_bsr.models.moe import Experts, convert_to_moe_
 
 TaskBatch = Mapping[str, tuple[Tensor, Tensor]]
@@ -113,6 +113,7 @@ class MultiTaskClassifier(LightningModule):
         self.optimization = Optimization(
             optimizer, lr, weight_decay, momentum, betas, layer_decay, warmup_steps, warmup_epochs
         )
+        self.lr = lr  # where Lightning's tuner looks for it
         check("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "at least 0 and below 1")
         unknown = [name for name in experts or {} if name not in _MOE_OPTIONS]
         check("experts", experts, not unknown, f"a mapping with {', '.join(_MOE_OPTIONS)}, or None")
@@ -200,9 +201,7 @@ class MultiTaskClassifier(LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer over what trains now, and its schedule over the whole run."""
-        groups = self.optimization.groups(self.model)
-        groups += parameter_groups(self.heads, self.optimization.lr, self.optimization.weight_decay, None)
-        return self.optimization.configure(groups, self.trainer)
+        return self.optimization.configure(self.trainer, self.model, self.heads, lr=self.lr)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
