@@ -479,7 +479,7 @@ def test_prefix_cache__refuses_blocks_that_depend_on_the_task():
         "Block 1 of the ViT (VisionTransformer) has a MoEMlp that computes something else for each task, so its output "
         "cannot be stored by image; choose blocks before it."
     )
-    install_prefix_cache(model, 1)
+    install_prefix_cache(model, blocks=1)
 
 
 @pytest.mark.parametrize(
