@@ -163,7 +163,31 @@ def test_examples__parse(example, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config", str(EXAMPLES / example), "--print_config"])
     assert stop.value.code == 0
-    assert "class_path: lightning_bsr.ViTClassifier" in capsys.readouterr().out
+    model = "MultiTaskClassifier" if example.startswith("multitask") else "ViTClassifier"
+    assert f"class_path: lightning_bsr.{model}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("multitask*.yaml")))
+def test_multi_task_examples__run_a_step(example, here, pictures, infos):
+    (here / "data").mkdir()
+    for task in ("cifar10", "pets", "flowers", "food"):
+        (here / "data" / task).symlink_to(pictures)
+    main(
+        [
+            "fit",
+            f"--config={EXAMPLES / example}",
+            "--trainer.accelerator=cpu",
+            "--trainer.max_steps=1",
+            "--trainer.limit_val_batches=0",
+            "--trainer.logger=false",
+            "--trainer.enable_checkpointing=false",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+            "--test_after_fit=false",
+        ]
+    )
+    assert any("blocks 3, 7, 11 of 12 train" in message for message in infos) == ("bsr" in example)
+    assert any("65 -> 34 -> 19 -> 11 tokens" in message for message in infos) == ("bsr" in example)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ MAY_IMPORT = {
     "functional": {"_errors", "_version", "vit"},
     "memory": {"_errors", "vit", "functional"},
     "callbacks": {"_errors", "vit", "functional", "memory"},
-    "models": {"_errors"},
+    "models": {"_errors", "vit", "functional"},
     "data": {"_errors"},
     "planning": {"_errors", "_cli_configuration", "_version", "vit", "functional", "memory", "callbacks", "methods"},
     "comparison": {

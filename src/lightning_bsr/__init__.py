@@ -15,9 +15,9 @@ from lightning_bsr.callbacks import (
     TokenDrop,
     TokenDropCallback,
 )
-from lightning_bsr.data import DigitsDataModule, ImageFolderDataModule
+from lightning_bsr.data import DigitsDataModule, ImageFolderDataModule, MultiTaskDataModule
 from lightning_bsr.methods import FineTune
-from lightning_bsr.models import ViTClassifier
+from lightning_bsr.models import DrawExpertUse, MultiTaskClassifier, ViTClassifier
 from lightning_bsr.vit import register_block
 
 __all__ = [
@@ -28,9 +28,12 @@ __all__ = [
     "ConfigurationError",
     "DeltaCheckpoint",
     "DigitsDataModule",
+    "DrawExpertUse",
     "FineTune",
     "ImageFolderDataModule",
     "LeanActivations",
+    "MultiTaskClassifier",
+    "MultiTaskDataModule",
     "PrefixCache",
     "QuantizeFrozen",
     "ReleaseGradients",

@@ -1,14 +1,14 @@
 """Recomputes blocks of a ViT in the backward pass instead of keeping their activations."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_bsr.functional._capture import PositionedMasks, active_masks
+from lightning_bsr.functional._capture import active_masks
 from lightning_bsr.functional._forward import PACKS, RECOMPUTES, BlockForward, Result
 from lightning_bsr.functional._installed import BlockChoice, BlockForwardsHandle, chosen_blocks
 from lightning_bsr.vit import find_vit
@@ -17,30 +17,40 @@ RECOMPUTE_OBSERVERS: list[Callable[[bool], None]] = []
 """Called with ``True`` when a block begins to be computed again in backward, with ``False`` when that ends."""
 
 
+@runtime_checkable
+class Changes(Protocol):
+    """A module that may compute something else by the time of backward, such as for another task.
+
+    Attributes:
+        changes: Whether that is so.
+    """
+
+    @property
+    def changes(self) -> bool: ...
+
+    def as_it_is_now(self) -> contextlib.AbstractContextManager[None]:
+        """Give a context in which the module is as it is now."""
+
+
 class RecomputeContext:
     """Tells the observers when a recomputation begins and ends, also when it ends early by an exception.
 
-    Args:
-        masks: What fitted masks in the forward pass, and must do so again.
+    Meanwhile the parts of ``block`` that change are as they are now, in the forward pass, and masks are fitted as now.
     """
 
-    def __init__(self, masks: Sequence[PositionedMasks]) -> None:
-        self._masks = masks
+    def __init__(self, block: nn.Module) -> None:
+        self._states = [*(module.as_it_is_now() for module in changing_parts(block)), *active_masks()]
         self._entered = contextlib.ExitStack()
 
     def __enter__(self) -> None:
         for observer in RECOMPUTE_OBSERVERS:
             observer(True)
             self._entered.callback(observer, False)
-        for mask in self._masks:
-            self._entered.enter_context(mask)
+        for state in self._states:
+            self._entered.enter_context(state)
 
     def __exit__(self, *exc_info: object) -> None:
         self._entered.close()
-
-
-def _contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    return contextlib.nullcontext(), RecomputeContext(active_masks())
 
 
 class CheckpointForward(BlockForward):
@@ -51,7 +61,12 @@ class CheckpointForward(BlockForward):
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not needs_backward(x, self.block.parameters()):
             return self.call_inner(x, *args, **kwargs)
-        return recompute(self.call_inner, x, *args, **kwargs)
+        return recompute(self.block, self.call_inner, x, *args, **kwargs)
+
+
+def changing_parts(block: nn.Module) -> list[Changes]:
+    """List the parts of ``block`` whose output depends on more than their input and weights."""
+    return [module for module in block.modules() if isinstance(module, Changes) and module.changes]
 
 
 def needs_backward(x: torch.Tensor, parameters: Iterable[nn.Parameter]) -> bool:
@@ -59,10 +74,14 @@ def needs_backward(x: torch.Tensor, parameters: Iterable[nn.Parameter]) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
 
 
-def recompute(function: Callable[..., Result], x: torch.Tensor, *args: Any, **kwargs: Any) -> Result:
-    """Run ``function`` so that backward computes it again from its arguments."""
+def recompute(block: nn.Module, function: Callable[..., Result], x: torch.Tensor, *args: Any, **kwargs: Any) -> Result:
+    """Run ``function``, which computes ``block`` or a part of it, so that backward computes it again."""
+
+    def contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        return contextlib.nullcontext(), RecomputeContext(block)
+
     # The compiler takes no context of ours.
-    context: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": _contexts}
+    context: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": contexts}
     result: Result = checkpoint(function, x, *args, use_reentrant=False, **context, **kwargs)
     return result
 

@@ -54,7 +54,7 @@ class LeanForward(BlockForward):
             if not torch.compiler.is_compiling():
                 for observer in HALF_OBSERVERS:
                     observer(self.block, half)
-            return recompute(lean, x)
+            return recompute(self.block, lean, x)
         if policy == "int8":
             return run_packed(self.block, Int8Compression(), partial(lean, x))  # type: ignore[no-any-return]  # what the function returns
         return lean(x)

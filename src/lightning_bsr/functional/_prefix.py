@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 from lightning_bsr._errors import ConfigurationError
+from lightning_bsr.functional._checkpoint import changing_parts
 from lightning_bsr.functional._drop_forward import TokenDropForward, drops_tokens
 from lightning_bsr.functional._forward import (
     BlockForward,
@@ -234,6 +235,11 @@ def _prefix_blocks(view: ViTView, blocks: int | None) -> Sequence[nn.Module]:
         if (other := replaced_by_others(block)) is not None:
             raise ConfigurationError(
                 f"Block {index} of the {view.name} has its forward replaced by {other}; undo that first."
+            )
+        if parts := changing_parts(block):
+            raise ConfigurationError(
+                f"Block {index} of the {view.name} has a {type(parts[0]).__name__} that computes something else for "
+                "each task, so its output cannot be stored by image; choose blocks before it."
             )
         if any(isinstance(f, TokenDropForward) and f.score == "random" for f in forward_chain(block)):
             raise ConfigurationError(

@@ -1,6 +1,5 @@
 """Linear layers that keep for backward what their input was made of, instead of the input itself."""
 
-import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,8 +10,13 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+from lightning_bsr.functional._autocast import autocast, autocast_dtype
+from lightning_bsr.functional._experts import experts_in, experts_out
+from lightning_bsr.functional._recipe import Recipe
+
 # Backward keeps the first argument of each, and computing one again takes no matrix product.
 _MADE_BY = frozenset({F.layer_norm, F.rms_norm, F.gelu, F.silu, F.relu})
+_LAYERS_OF_EXPERTS = frozenset({experts_in, experts_out})
 
 
 class RebuildLinearInputs(TorchFunctionMode):
@@ -47,6 +51,8 @@ class RebuildLinearInputs(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear:
             return self._linear(*args, **kwargs)
+        if func in _LAYERS_OF_EXPERTS:
+            return func(*args, **{**kwargs, "recipe": self._recipe_of(args[0])})
         out = func(*args, **kwargs)
         if func in _MADE_BY and out.requires_grad:
             self._made[id(out)] = _Made.by(out, func, args, kwargs)
@@ -56,49 +62,19 @@ class RebuildLinearInputs(TorchFunctionMode):
         trains = weight.requires_grad
         if not torch.is_grad_enabled() or not (trains or input.requires_grad) or input.ndim < 2:
             return F.linear(input, weight, bias)
-        lower = _autocast_dtype(input.device.type)
+        lower = autocast_dtype(input.device.type)
         casts = lower is not None and weight.dtype != lower
-        made = self._made.get(id(input)) if trains else None
-        if made is not None and made.is_still(input):
-            recipe = made.recipe
-        elif casts:
-            recipe = None
-            input = input.to(lower)
-        else:
+        recipe = self._recipe_of(input) if trains else None
+        if recipe is None and not casts:
             return F.linear(input, weight, bias)
+        if recipe is None:
+            input = input.to(lower)
         out: torch.Tensor = _RebuildingLinear.apply(input, weight, bias, recipe)
         return out
 
-
-@dataclass(frozen=True)
-class _Recipe:
-    """A call of a torch function, its tensors apart from the rest."""
-
-    function: Callable[..., torch.Tensor]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, torch.Tensor)]
-
-    def without_tensors(self) -> "_Recipe":
-        def empty(value: Any) -> Any:
-            return _PLACE if isinstance(value, torch.Tensor) else value
-
-        return _Recipe(self.function, tuple(map(empty, self.args)), {k: empty(v) for k, v in self.kwargs.items()})
-
-    def compute(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-        rest = iter(tensors)
-
-        def fill(value: Any) -> Any:
-            return next(rest) if value is _PLACE else value
-
-        args = [fill(value) for value in self.args]
-        return self.function(*args, **{name: fill(value) for name, value in self.kwargs.items()})
-
-
-_PLACE = object()
+    def _recipe_of(self, tensor: torch.Tensor) -> Recipe | None:
+        made = self._made.get(id(tensor))
+        return made.recipe if made is not None and made.is_still(tensor) else None
 
 
 @dataclass(frozen=True)
@@ -106,21 +82,21 @@ class _Made:
     """How a tensor was made, as long as neither it nor what it was made of has changed since."""
 
     output: "weakref.ref[torch.Tensor]"
-    recipe: _Recipe
+    recipe: Recipe
     versions: tuple[int, ...]
 
     @classmethod
     def by(
         cls, output: torch.Tensor, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> "_Made":
-        recipe = _Recipe(func, args, kwargs)
+        recipe = Recipe(func, args, kwargs)
         return cls(weakref.ref(output), recipe, _versions(output, recipe))
 
     def is_still(self, tensor: torch.Tensor) -> bool:
         return self.output() is tensor and _versions(tensor, self.recipe) == self.versions
 
 
-def _versions(output: torch.Tensor, recipe: _Recipe) -> tuple[int, ...]:
+def _versions(output: torch.Tensor, recipe: Recipe) -> tuple[int, ...]:
     return tuple(tensor._version for tensor in (output, *recipe.tensors))
 
 
@@ -133,13 +109,13 @@ class _RebuildingLinear(torch.autograd.Function):
         input: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        recipe: _Recipe | None,
+        recipe: Recipe | None,
     ) -> torch.Tensor:
         ctx.recipe = recipe.without_tensors() if recipe else None
-        ctx.autocast_dtype = _autocast_dtype(input.device.type)
+        ctx.autocast_dtype = autocast_dtype(input.device.type)
         own = [input] if weight.requires_grad else []
         ctx.save_for_backward(weight, *(recipe.tensors if recipe else own))
-        with _autocast(input.device.type, ctx.autocast_dtype):
+        with autocast(input.device.type, ctx.autocast_dtype):
             return F.linear(input, weight, bias)
 
     @staticmethod
@@ -149,7 +125,7 @@ class _RebuildingLinear(torch.autograd.Function):
         needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
         grad_input = grad_weight = None
-        with _autocast(grad.device.type, ctx.autocast_dtype):
+        with autocast(grad.device.type, ctx.autocast_dtype):
             if needs_weight:
                 input = ctx.recipe.compute(kept) if ctx.recipe else kept[0]
                 grad_weight = rows.t() @ input.flatten(0, -2)
@@ -158,12 +134,3 @@ class _RebuildingLinear(torch.autograd.Function):
                 grad_input = (rows @ weight).view(*grad.shape[:-1], -1)
         grad_bias = rows.sum(0) if needs_bias else None
         return grad_input, grad_weight, grad_bias, None
-
-
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-
-
-def _autocast(device_type: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-    # Without the cache: a copy that is made while no gradient is recorded would serve other users of the weight too.
-    return torch.autocast(device_type, dtype, enabled=dtype is not None, cache_enabled=False)

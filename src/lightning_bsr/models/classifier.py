@@ -1,11 +1,8 @@
 """A plain classifier around any timm model, for when you bring no LightningModule of your own."""
 
-import functools
-import math
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -13,9 +10,8 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
-from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.models._create import create_model
-from lightning_bsr.models._optimization import parameter_groups, warmup_cosine
+from lightning_bsr.models._optimization import Optimization, check
 
 Batch = tuple[Tensor, Tensor]
 
@@ -87,39 +83,12 @@ class ViTClassifier(LightningModule):
         # A Path among the hyperparameters would not load with weights_only.
         checkpoint_path = None if checkpoint_path is None else str(checkpoint_path)
         self.save_hyperparameters()
-        _check("num_classes", num_classes, num_classes >= 2, "2 or more")
-        _check("optimizer", optimizer, optimizer in ("adamw", "sgd"), "'adamw' or 'sgd'")
-        _check("lr", lr, lr > 0, "a number above 0")
-        _check("weight_decay", weight_decay, weight_decay >= 0, "0 or more")
-        _check("momentum", momentum, 0 <= momentum < 1, "at least 0 and below 1")
-        _check(
-            "betas",
-            betas,
-            len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
-            "two numbers, each at least 0 and below 1",
+        check("num_classes", num_classes, num_classes >= 2, "2 or more")
+        self.optimization = Optimization(
+            optimizer, lr, weight_decay, momentum, betas, layer_decay, warmup_steps, warmup_epochs
         )
-        _check(
-            "layer_decay",
-            layer_decay,
-            layer_decay is None or 0 < layer_decay <= 1,
-            "a number above 0 and at most 1, or None",
-        )
-        _check("warmup_steps", warmup_steps, warmup_steps >= 0, "0 or more")
-        _check("warmup_epochs", warmup_epochs, warmup_epochs >= 0, "0 or more")
-        _check("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "at least 0 and below 1")
-        if warmup_steps and warmup_epochs:
-            raise ConfigurationError(
-                f"warmup_steps is {warmup_steps} and warmup_epochs is {warmup_epochs}, expected only one of them."
-            )
-
-        self.optimizer_name = optimizer
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.momentum = momentum
-        self.betas = betas
-        self.layer_decay = layer_decay
-        self.warmup_steps = warmup_steps
-        self.warmup_epochs = warmup_epochs
+        self.lr = lr  # where Lightning's tuner looks for it
+        check("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "at least 0 and below 1")
         self.label_smoothing = label_smoothing
         self.model = create_model(
             model_name,
@@ -169,41 +138,12 @@ class ViTClassifier(LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer over what trains now, and its schedule over the whole run."""
-        groups = parameter_groups(self.model, self.lr, self.weight_decay, self.layer_decay)
-        if not groups:
-            raise ConfigurationError(
-                "No parameter of the model requires gradients, expected at least one to train; unfreeze a part of it."
-            )
-        optimizer: torch.optim.Optimizer
-        if self.optimizer_name == "adamw":
-            optimizer = torch.optim.AdamW(groups, betas=self.betas)
-        else:
-            optimizer = torch.optim.SGD(groups, momentum=self.momentum)
-        total_steps = self.trainer.estimated_stepping_batches
-        if math.isinf(total_steps):
-            raise ConfigurationError(
-                "The Trainer has no last step, expected one for the cosine schedule to end at; give it "
-                "max_epochs or max_steps."
-            )
-        factor = functools.partial(warmup_cosine, warmup_steps=self._count_warmup_steps(), total_steps=int(total_steps))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return self.optimization.configure(self.trainer, self.model, lr=self.lr)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in the checkpoint that its own weights are all that loading it takes."""
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].update(pretrained=False, checkpoint_path=None)
-
-    def _count_warmup_steps(self) -> int:
-        if not self.warmup_epochs:
-            return self.warmup_steps
-        batches = self.trainer.num_training_batches
-        if math.isinf(batches):
-            raise ConfigurationError(
-                f"warmup_epochs is {self.warmup_epochs}, but the training data have no length to count "
-                "epochs by; give warmup_steps instead."
-            )
-        return round(self.warmup_epochs * math.ceil(batches / self.trainer.accumulate_grad_batches))
 
     def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: Batch) -> None:
         images, targets = batch
@@ -219,8 +159,3 @@ class ViTClassifier(LightningModule):
             prog_bar=stage == "val",
             batch_size=len(images),
         )
-
-
-def _check(name: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ConfigurationError(f"{name} is {value!r}, expected {expected}.")

@@ -45,7 +45,7 @@ class FitStep:
 
     def first_batches(self, count: int) -> list[Any]:
         """Load the first ``count`` training batches, or as many as there are, to the module's device."""
-        return first_batches(self.trainer, self.module, self.trainer.train_dataloader, count)
+        return first_batches(self.trainer, self.module, self.trainer.fit_loop._combined_loader, count)
 
     def fit_budget(self, batches: Sequence[Any], budget: int, **options: Any) -> BudgetPlan:
         """Choose what trains, drops and is computed again so that the step fits in ``budget`` bytes.
@@ -111,7 +111,7 @@ class FitPlanner(Callback, Generic[T]):
         trainer.should_stop = True
         # Else they would overrule it.
         trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = 0
-        (batch,) = first_batches(trainer, pl_module, trainer.train_dataloader, 1)
+        (batch,) = first_batches(trainer, pl_module, trainer.fit_loop._combined_loader, 1)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by one of the Trainer's connectors
             if isinstance(callback, AttachingCallback):
                 # Some set modes and keep rates batch by batch.
