@@ -14,7 +14,15 @@ from lightning_bsr.callbacks import (
     TokenDrop,
     TokenDropCallback,
 )
-from lightning_bsr.data import DigitsDataModule, ImageFolderDataModule
+from lightning_bsr.data import (
+    CIFAR10DataModule,
+    CIFAR100DataModule,
+    DigitsDataModule,
+    Flowers102DataModule,
+    Food101DataModule,
+    ImageFolderDataModule,
+    OxfordIIITPetDataModule,
+)
 from lightning_bsr.methods import FineTune
 from lightning_bsr.models import ViTClassifier
 from lightning_bsr.vit import register_block
@@ -24,11 +32,16 @@ __all__ = [
     "ActivationMemoryMonitor",
     "BlockSelect",
     "BlockSelectCallback",
+    "CIFAR10DataModule",
+    "CIFAR100DataModule",
     "ConfigurationError",
     "DigitsDataModule",
     "FineTune",
+    "Flowers102DataModule",
+    "Food101DataModule",
     "ImageFolderDataModule",
     "LeanActivations",
+    "OxfordIIITPetDataModule",
     "PrefixCache",
     "QuantizeFrozen",
     "ReleaseGradients",

@@ -1,7 +1,25 @@
-"""LightningDataModules: bundled digits to try things on, and folders of the user's own pictures."""
+"""LightningDataModules: digits that are bundled, published data sets, and folders of the user's own pictures."""
 
+from lightning_bsr.data._published import PublishedData
 from lightning_bsr.data.digits import DigitsDataModule
 from lightning_bsr.data.image_folder import ImageFolderDataModule
+from lightning_bsr.data.published import (
+    CIFAR10DataModule,
+    CIFAR100DataModule,
+    Flowers102DataModule,
+    Food101DataModule,
+    OxfordIIITPetDataModule,
+)
 from lightning_bsr.data.sampler import EpochSampler
 
-__all__ = ["DigitsDataModule", "EpochSampler", "ImageFolderDataModule"]
+__all__ = [
+    "CIFAR10DataModule",
+    "CIFAR100DataModule",
+    "DigitsDataModule",
+    "EpochSampler",
+    "Flowers102DataModule",
+    "Food101DataModule",
+    "ImageFolderDataModule",
+    "OxfordIIITPetDataModule",
+    "PublishedData",
+]
