@@ -105,7 +105,7 @@ def test_compare__interrupted_and_gone_on_with(tmp_path):
     assert second.returncode == 0, error
     assert "Timing" not in output
     table = json.loads((tmp_path / "out" / "table.json").read_text())
-    assert len(table["rows"][0]["equal_epochs"]["values"]) == 2
+    assert len(table["rows"][0]["equal_length"]["values"]) == 2
     untested = [path for path in kept if "test" not in json.loads(path.read_text())]
     assert all(path.stat().st_mtime_ns == kept[path] for path in untested)
     assert not [*(tmp_path / "out").rglob(".*.json.*")]

@@ -45,9 +45,19 @@ def test_run__has_its_method_rate_seed_and_epochs(configuration, make_settings):
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        ({"max_epochs": None}, "trainer.max_epochs is None, expected 1 or more: all methods train that long."),
-        ({"max_epochs": -1}, "trainer.max_epochs is -1, expected 1 or more: all methods train that long."),
-        ({"max_steps": 9}, "trainer.max_steps is 9, expected none; compare counts in trainer.max_epochs."),
+        (
+            {"max_epochs": None},
+            "trainer.max_epochs is None, expected 1 or more, or trainer.max_steps instead: all methods train that "
+            "long.",
+        ),
+        (
+            {"max_epochs": -1},
+            "trainer.max_epochs is -1, expected 1 or more, or trainer.max_steps instead: all methods train that long.",
+        ),
+        (
+            {"max_steps": 9},
+            "trainer.max_epochs is 2 and trainer.max_steps is 9, expected one of them: all methods train that long.",
+        ),
         (
             {"fast_dev_run": True},
             "trainer.fast_dev_run is set, expected false; for a short comparison set trainer.limit_train_batches.",
