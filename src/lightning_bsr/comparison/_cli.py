@@ -108,4 +108,4 @@ def _rates(
 def _some_rates(name: str, given: Any, configuration: dict[str, Any], lr_key: str) -> tuple[float, ...]:
     if given == "configured":
         given = [configured_lr(configuration, lr_key)]
-    return numbers(name, [given] if isinstance(given, float) else given, float)
+    return numbers(name, [given] if isinstance(given, (int, float)) else given, float)
