@@ -1,12 +1,15 @@
 """Accuracy beside memory: full fine-tuning, head only and BSR with the bundled micro ViT, in one run.
 
     python benchmarks/accuracy.py digits
-    python benchmarks/accuracy.py cifar10 --root ../shared/data/cifar10
+    python benchmarks/accuracy.py cifar10 --root path/to/cifar10
+    python benchmarks/accuracy.py cifar10 --root path/to/cifar10 --levers
 
 All methods get the same data, epochs, optimizer and seeds. Each method's learning rate is the one of the grid with the
 best accuracy on the validation split (seed 0); the test split is looked at with that one only. Prints a Markdown table:
 test accuracy as mean and standard deviation over the seeds, and the activations that backward keeps, measured by the
-monitor. Runs are written to ``--output`` as they end, and those found there are not run again.
+monitor. With ``--levers`` it is BSR with each lever that keeps or holds less, all with BSR's learning rate, and how far
+the losses of the first steps are from those without. Runs are written to ``--output`` as they end, and those found
+there are not run again.
 """
 
 import argparse
@@ -22,26 +25,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 
 from lightning_bsr import (
     ActivationMemoryMonitor,
     BlockSelect,
     DigitsDataModule,
     ImageFolderDataModule,
+    LeanActivations,
+    QuantizeFrozen,
     TokenDrop,
     ViTClassifier,
 )
 
-METHODS: dict[str, dict[str, Any]] = {
-    "full fine-tuning": {},
-    "head only": {"select": {"blocks": [], "norm": False}},
-    "BSR: blocks 3,7,11, drop 3,6,9 @ 0.5": {
-        "select": {"blocks": [3, 7, 11]},
-        "drop": {"blocks": [3, 6, 9], "keep_rate": 0.5},
-    },
+FULL, BSR = "full fine-tuning", "BSR: blocks 3,7,11, drop 3,6,9 @ 0.5"
+PUBLISHED = [(BlockSelect, {"blocks": [3, 7, 11]}), (TokenDrop, {"blocks": [3, 6, 9], "keep_rate": 0.5})]
+METHODS: dict[str, list[tuple[type[Callback], dict[str, Any]]]] = {
+    FULL: [],
+    "head only": [(BlockSelect, {"blocks": [], "norm": False})],
+    BSR: PUBLISHED,
+}
+LEVERS: dict[str, list[tuple[type[Callback], dict[str, Any]]]] = {
+    BSR: PUBLISHED,
+    "the same, exact": [*PUBLISHED, (LeanActivations, {"policy": "exact"})],
+    "the same, recompute": [*PUBLISHED, (LeanActivations, {"policy": "recompute"})],
+    "the same, int8 activations": [*PUBLISHED, (LeanActivations, {"policy": "int8"})],
+    "the same, int8 frozen weights": [*PUBLISHED, (QuantizeFrozen, {})],
 }
 LEARNING_RATES = (5e-4, 1.5e-3, 4.5e-3)
+FIRST_STEPS = 20
 SEEDS = (0, 1, 2)
 MEAN, STD = (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)
 
@@ -53,17 +65,27 @@ def data_of(name: str, root: Path) -> LightningDataModule:
     return ImageFolderDataModule(root, img_size=32, scale=(0.5, 1.0), mean=MEAN, std=STD, num_workers=0)
 
 
+class FirstLosses(Callback):
+    """Notes the losses of the first steps."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the loss, if the step is one of the first."""
+        if len(self.losses) < FIRST_STEPS:
+            self.losses.append(outputs["loss"].item())
+
+
 def run(data: str, root: Path, epochs: int, method: str, lr: float, seed: int) -> dict[str, Any]:
     """Fine-tune once; return the accuracies on both splits and the bytes kept an image."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     seed_everything(seed, verbose=False)
-    options, monitor = METHODS[method], ActivationMemoryMonitor()
-    callbacks: list[Callback] = [monitor]
-    if "select" in options:
-        callbacks.append(BlockSelect(**options["select"]))
-    if "drop" in options:
-        callbacks.append(TokenDrop(**options["drop"]))
+    monitor, first = ActivationMemoryMonitor(), FirstLosses()
+    callbacks = [monitor, first, *(make(**options) for make, options in (METHODS | LEVERS)[method])]
     trainer = Trainer(
         max_epochs=epochs,
         callbacks=callbacks,
@@ -87,6 +109,7 @@ def run(data: str, root: Path, epochs: int, method: str, lr: float, seed: int) -
         "seed": seed,
         "validation": validation,
         "test": test,
+        "first_losses": first.losses,
         "activations_bytes_per_image": monitor.report.activations / images.batch_size,
     }
 
@@ -97,11 +120,14 @@ def main() -> None:
     parser.add_argument("data", choices=["digits", "cifar10"])
     parser.add_argument("--root", type=Path, default=Path("../shared/data/cifar10"), help="image folder of cifar10")
     parser.add_argument("--epochs", type=int, help="20 for digits and 5 for cifar10 by default")
+    parser.add_argument("--levers", action="store_true", help="compare BSR with its levers")
+    parser.add_argument("--lr", type=float, default=LEARNING_RATES[-1], help="learning rate of all with --levers")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, each on one thread")
     parser.add_argument("--output", type=Path, help="accuracy-<data>.json by default")
     args = parser.parse_args()
     epochs = args.epochs or (20 if args.data == "digits" else 5)
     output = args.output or Path(f"accuracy-{args.data}.json")
+    methods, rates = (LEVERS, (args.lr,)) if args.levers else (METHODS, LEARNING_RATES)
     done: list[dict[str, Any]] = json.loads(output.read_text()) if output.exists() else []
 
     def complete(wanted: list[tuple[str, float, int]]) -> None:
@@ -111,26 +137,39 @@ def main() -> None:
                 done.append(future.result())
                 output.write_text(json.dumps(done, indent=1))
 
-    complete([(method, lr, 0) for method in METHODS for lr in LEARNING_RATES])
+    complete([(method, lr, 0) for method in methods for lr in rates])
     chosen = {
         method: max(
             (row for row in done if row["method"] == method and row["seed"] == 0), key=lambda r: r["validation"]
         )
-        for method in METHODS
+        for method in methods
     }
     complete([(method, best["lr"], seed) for method, best in chosen.items() for seed in SEEDS[1:]])
 
-    print(f"micro ViT, {args.data}, {epochs} epochs, learning rates {LEARNING_RATES}, seeds {SEEDS}\n")
-    print("| method | learning rate | test accuracy, % | activations, KiB / image | of full fine-tuning |")
-    print("|---|---|---|---|---|")
-    full = chosen["full fine-tuning"]["activations_bytes_per_image"]
+    yardstick = BSR if args.levers else FULL
+    print(f"micro ViT, {args.data}, {epochs} epochs, learning rates {rates}, seeds {SEEDS}\n")
+    difference = f"largest difference of a loss in the first {FIRST_STEPS} steps"
+    last = f" | by seed | {difference} |" if args.levers else " |"
+    print(f"| method | learning rate | test accuracy, % | activations, KiB / image | of {yardstick}{last}")
+    print("|---|---|---|---|---|" + "---|---|" * args.levers)
+    whole = chosen[yardstick]["activations_bytes_per_image"]
     for method, best in chosen.items():
-        tests = [100 * row["test"] for row in done if row["method"] == method and row["lr"] == best["lr"]]
+        rows = {row["seed"]: row for row in done if row["method"] == method and row["lr"] == best["lr"]}
+        tests = [100 * rows[seed]["test"] for seed in SEEDS]
         kept = best["activations_bytes_per_image"]
-        print(
+        line = (
             f"| {method} | {best['lr']:g} | {statistics.mean(tests):.1f} ± {statistics.stdev(tests):.1f} | "
-            f"{kept / 1024:.0f} | {100 * kept / full:.1f} % |"
+            f"{kept / 1024:.0f} | {100 * kept / whole:.1f} % |"
         )
+        if args.levers:
+            published = {row["seed"]: row for row in done if row["method"] == BSR and row["lr"] == best["lr"]}
+            furthest = max(
+                abs(mine - theirs)
+                for seed in SEEDS
+                for mine, theirs in zip(rows[seed]["first_losses"], published[seed]["first_losses"], strict=True)
+            )
+            line += f" {', '.join(f'{test:.1f}' for test in tests)} | {furthest:.1g} |"
+        print(line)
 
 
 if __name__ == "__main__":

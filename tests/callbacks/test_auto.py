@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from lightning_bsr import ActivationMemoryMonitor, BlockSelect, ConfigurationError, FineTune, TokenDrop
+from lightning_bsr import (
+    ActivationMemoryMonitor,
+    BlockSelect,
+    ConfigurationError,
+    FineTune,
+    LeanActivations,
+    TokenDrop,
+)
 from lightning_bsr.memory import parse_bytes
 from plain_modules import ManualOptimization, PlainModule
 
@@ -63,6 +70,20 @@ def test_auto__trains_within_the_budget_and_evaluates_as_it_trained(make_trainer
     assert resumed._auto.chosen == chosen
     assert resumed.budget_plan is None
     assert any(message.startswith("As in the checkpoint, not as chosen now") for message in infos)
+
+
+def test_auto__refuses_another_choice_of_what_is_kept(make_trainer, images):
+    module = Small()
+    with pytest.raises(ConfigurationError) as error:
+        make_trainer(auto(), LeanActivations("recompute")).fit(module, images)
+    assert str(error.value) == (
+        "A memory budget chooses what each half-block keeps, and so does LeanActivations('recompute'); leave that "
+        "callback out, or give it policy={} for its skip_unread alone."
+    )
+    assert set(forwards(module)) == {"NoneType"}
+    select = auto()
+    make_trainer(LeanActivations({}, skip_unread=True), select, fast_dev_run=True).fit(module, images)
+    assert select.budget_plan.choice.lean
 
 
 def test_auto__whole_memory_with_the_modules_own_optimizer(make_trainer, images):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 
 from lightning_bsr import ActivationMemoryMonitor, BlockSelect, ConfigurationError, LeanActivations, TokenDrop
+from lightning_bsr.functional._forward import forward_chain
 from lightning_bsr.functional._lean import LeanForward
 from lightning_bsr.memory import measure
 from plain_modules import BuildsInConfigureModel, PlainModule
@@ -58,9 +59,26 @@ def test_fit__skips_unread_tokens(make_trainer, images, infos):
         torch.testing.assert_close(ours[name], plain[name], rtol=1e-4, atol=1e-6)
     vit = "the ViT 'model' (VisionTransformer)"
     message = (
-        f"all 6 blocks of {vit} keep lean activations (exact); blocks 5 of 6 of {vit} give the prefix tokens alone"
+        f"blocks 5 of 6 of {vit} give the prefix tokens alone; all 6 blocks of {vit} keep lean activations (exact)"
     )
     assert f"LeanActivations: {message}." in infos
+
+
+def test_fit__attention_by_products(make_trainer, images, infos):
+    seen = []
+
+    class Spy(Callback):
+        def on_after_backward(self, trainer, pl_module):
+            seen.extend(type(f).__name__ for f in forward_chain(pl_module.model.blocks[3]))
+
+    levers = [TokenDrop([1, 3], 0.5), BlockSelect([1, 3])]
+    lean = LeanActivations(attention_by_products=True)
+    trainer = make_trainer(lean, *levers, Spy(), precision="bf16-mixed", fast_dev_run=True)
+    module = PlainModule()
+    trainer.fit(module, images)
+    assert seen == ["TokenDropForward", "LeanForward", "AttentionByProductsForward"]
+    assert all("forward" not in vars(block) for block in module.model.blocks)
+    assert any("have attention's gradients by matrix products" in message for message in infos)
 
 
 def test_fit__skips_nothing_where_the_head_reads_patch_tokens(make_trainer, images):

@@ -76,7 +76,7 @@ def test_fit_budget__without_recomputation_and_drops_only_blocks_are_chosen():
     full = plan(model, batches()[0], forward=loss_of(model)).activations
     found = fit(model, full // 4, kind="activations", recompute=False, keep_rates=())
     assert not found.choice.drop
-    assert not found.choice.recompute
+    assert all(set(policies.values()) == {"exact"} for policies in found.choice.lean.values())
     assert max(found.choice.blocks) == 5
     again = fit(model, full // 4, kind="activations", keep_rates=())
     assert again.worth > found.worth
@@ -215,7 +215,9 @@ def test_block_costs__add_up_to_the_whole_model():
     model = tiny_vit()
     view = find_vit(model)
     costs = BlockCosts(view, 8, 32, torch.float32, None, {})
-    configuration = Configuration({2: ("mlp",), 3: ("attn",), 5: WHOLE}, {3: 0.5})
+    exact, again = {"attn": "exact", "mlp": "exact"}, {"attn": "exact", "mlp": "recompute"}
+    lean = {2: exact, 3: exact, 4: again, 5: again}
+    configuration = Configuration({2: ("mlp",), 3: ("attn",), 5: WHOLE}, {3: 0.5}, lean)
     installed = configuration.install(model)
     lines = plan(model, batches()[0], forward=loss_of(model)).by_block
     installed.remove()
@@ -223,14 +225,12 @@ def test_block_costs__add_up_to_the_whole_model():
     expected = {
         "2": costs(2, 65, None).mlp[first],
         "3": costs(3, 65, 0.5).attn[trained] + costs(3, 65, 0.5).mlp[frozen],
-        "4": costs(4, 34, None).attn[frozen] + costs(4, 34, None).mlp[frozen],
-        "5": costs(5, 34, None).attn[trained] + costs(5, 34, None).mlp[trained],
+        "4": costs(4, 34, None).attn[frozen] + costs(4, 34, None).kept_again[1],
+        "5": costs(5, 34, None).attn[trained] + costs(5, 34, None).kept_again[1],
     }
     assert {line.name: line.activations for line in lines[3:7]} == expected
     backward = {line.name: line.flops.backward for line in lines}
     cost = costs(5, 34, None)
-    assert backward["5"] == cost.inputs + sum(cost.weights)
-    cost = costs(4, 34, None)
-    assert backward["4"] == cost.inputs
+    assert backward["5"] == cost.inputs + sum(cost.weights) + cost.again[1]
     cost = costs(3, 65, 0.5)
     assert backward["3"] == cost.inputs + cost.weights[0]

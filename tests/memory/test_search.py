@@ -18,7 +18,8 @@ def random_case(seed):
         mlp = rng.randint(3, 12)
         mlp_trained = mlp + rng.randint(1, 10)
         attn_costs = (frozen, trained, trained - rng.randint(0, 2))
-        return BlockCost(attn_costs, (mlp, mlp_trained, mlp_trained - 1), rng.randint(1, 4), 10, 10, 8, (5, 5))
+        kept_again = (rng.randint(1, 4), rng.randint(1, 4))
+        return BlockCost(attn_costs, (mlp, mlp_trained, mlp_trained - 1), kept_again, (4, 6), 10, 10, 8, (5, 5))
 
     costs = tuple(cost() for _ in range(DEPTH))
     gains = {(block, part): rng.random() for block in range(DEPTH) for part in ("attn", "mlp")}
@@ -56,7 +57,8 @@ def test_search__finds_the_best_of_all(seed, recompute):
     assert found.activations <= bound
     trained = {(block, part) for block, parts in found.configuration.blocks.items() for part in parts}
     assert sum(gains[key] for key in trained) == pytest.approx(found.gain)
-    assert recompute or not found.configuration.recompute
+    again = [policies for policies in found.configuration.lean.values() if "recompute" in policies.values()]
+    assert recompute or not again
 
 
 def test_search__nothing_fits():

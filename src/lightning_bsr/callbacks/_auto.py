@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.callbacks._attach import Handle
 from lightning_bsr.callbacks._training_step import first_batches, optimizers_over_all, quiet_training_step
+from lightning_bsr.callbacks.lean_activations import LeanActivations
 from lightning_bsr.callbacks.token_drop import TokenDrop
 from lightning_bsr.memory import BudgetKind, BudgetPlan, Configuration, fit_budget
 
@@ -93,7 +94,7 @@ class AutoConfiguration:
         """Choose if need be, and install: everything for ``fit``, otherwise only the dropping."""
         self._attached = (pl_module, vit, trainer.state.fn == "fit")
         if trainer.state.fn == "fit":
-            _check_order(trainer)
+            _check_others(trainer)
             self.budget_plan = choose_configuration(trainer, pl_module, budget, kind, vit=vit)
             self.chosen = self.budget_plan.choice
             if trainer.is_global_zero:
@@ -135,8 +136,14 @@ class AutoConfiguration:
         return self.chosen.install(pl_module, vit) if fitting else self.chosen.install_drop(pl_module, vit)
 
 
-def _check_order(trainer: Trainer) -> None:
+def _check_others(trainer: Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by one of the Trainer's connectors
+        if isinstance(callback, LeanActivations) and callback.policy != {}:
+            raise ConfigurationError(
+                "A memory budget chooses what each half-block keeps, and so does "
+                f"LeanActivations({callback.policy!r}); leave that callback out, or give it policy={{}} for its "
+                "skip_unread alone."
+            )
         if isinstance(callback, TokenDrop) and not callback.is_attached:
             raise ConfigurationError(
                 "A memory budget chooses by what TokenDrop leaves over, so TokenDrop must come first; put it before in "

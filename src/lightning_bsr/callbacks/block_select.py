@@ -26,9 +26,10 @@ class BlockSelect(AttachingCallback):
     would not fit.
 
     With ``blocks="auto"`` a memory budget chooses, by the first training batches: the blocks, where tokens are dropped
-    (if no ``TokenDrop`` does so already; it must come before in the list of callbacks) and the blocks that are computed
-    again in backward; see :func:`lightning_bsr.memory.fit_budget`. What was chosen is said and kept in checkpoints: a
-    resumed run goes on with it, and evaluation drops tokens as training did.
+    (if no ``TokenDrop`` does so already; it must come before in the list of callbacks) and the half-blocks that are
+    computed again in backward, the others being lean exactly, as by ``LeanActivations``; see
+    :func:`lightning_bsr.memory.fit_budget`. What was chosen is said and kept in checkpoints: a resumed run goes on with
+    it, and evaluation drops tokens as training did.
 
     Args:
         blocks: Block indices (negative ones count from the end); or a number of blocks, evenly spaced and ending

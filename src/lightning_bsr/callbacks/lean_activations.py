@@ -16,6 +16,7 @@ from lightning_bsr.functional import (
     BlockForwardsHandle,
     HalfPolicies,
     LeanPolicy,
+    install_attention_by_products,
     install_lean_activations,
     install_unread_skip,
 )
@@ -37,6 +38,9 @@ class LeanActivations(AttachingCallback):
             ``fit`` starts; see :func:`lightning_bsr.memory.fit_lean`.
         budget_kind: What the budget bounds: ``"total"``, the peak of the whole training step; or ``"activations"``,
             the bytes that backward keeps.
+        attention_by_products: Whether the gradients of attention are computed by matrix products on the CPU in bf16 and
+            fp16, which is several times faster there; gradients differ by rounding. See
+            :func:`lightning_bsr.functional.install_attention_by_products`.
         skip_unread: Whether the last block's MLP leaves out the patch tokens, which a head on the class token does not
             read; see :func:`lightning_bsr.functional.install_unread_skip`.
         vit: Dotted path of the ViT, for when the module holds several.
@@ -62,6 +66,7 @@ class LeanActivations(AttachingCallback):
         *,
         memory_budget: int | str | None = None,
         budget_kind: BudgetKind = "total",
+        attention_by_products: bool = False,
         skip_unread: bool = False,
         vit: str | None = None,
     ) -> None:
@@ -79,6 +84,7 @@ class LeanActivations(AttachingCallback):
         self.memory_budget = memory_budget
         self.budget_kind = budget_kind
         self.policy = policy
+        self.attention_by_products = attention_by_products
         self.skip_unread = skip_unread
         self.vit = vit
 
@@ -95,44 +101,55 @@ class LeanActivations(AttachingCallback):
 
     @override
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> Handle:
-        policy = self.policy if self.memory_budget is None else self._within(trainer, pl_module, self.memory_budget)
-        handles = [install_lean_activations(pl_module, policy, vit=self.vit)]
-        if self.skip_unread:
-            try:
-                handles.append(install_unread_skip(pl_module, vit=self.vit))
-            except BaseException:
-                handles[0].remove()
-                raise
-        return _Handles(handles)
+        handles = self._install_others(pl_module)
+        try:
+            policy = self.policy if self.memory_budget is None else self._within(trainer, pl_module, self.memory_budget)
+            handles.add(install_lean_activations(pl_module, policy, vit=self.vit))
+        except BaseException:
+            handles.remove()
+            raise
+        return handles
+
+    def _install_others(self, pl_module: LightningModule) -> "_Handles":
+        """Install what does not depend on a budget, but counts in its plans."""
+        handles = _Handles()
+        try:
+            if self.attention_by_products:
+                handles.add(install_attention_by_products(pl_module, vit=self.vit))
+            if self.skip_unread:
+                handles.add(install_unread_skip(pl_module, vit=self.vit))
+        except BaseException:
+            handles.remove()
+            raise
+        return handles
 
     def _within(self, trainer: Trainer, pl_module: LightningModule, budget: int | str) -> LeanPolicies:
         """Plan the step on the first training batch and choose what to compute again."""
-        skip = install_unread_skip(pl_module, vit=self.vit) if self.skip_unread else None
-        try:
-            with isolate_rng(), quiet_training_step(pl_module) as training_step:
-                (batch,) = first_batches(trainer, pl_module, trainer.fit_loop._data_source.dataloader(), 1)
-                step = partial(
-                    plan,
-                    pl_module,
-                    batch,
-                    forward=training_step,
-                    optimizer=trainer.optimizers,
-                    precision=trainer.precision,  # type: ignore[arg-type]  # an unknown one is refused by name
-                    accumulate=trainer.accumulate_grad_batches > 1,
-                    release_gradients=releases_gradients(trainer),
-                    vit=self.vit,
-                )
-                return fit_lean(pl_module, step, budget, kind=self.budget_kind, vit=self.vit)
-        finally:
-            if skip is not None:
-                skip.remove()
+        with isolate_rng(), quiet_training_step(pl_module) as training_step:
+            (batch,) = first_batches(trainer, pl_module, trainer.fit_loop._data_source.dataloader(), 1)
+            step = partial(
+                plan,
+                pl_module,
+                batch,
+                forward=training_step,
+                optimizer=trainer.optimizers,
+                precision=trainer.precision,  # type: ignore[arg-type]  # an unknown one is refused by name
+                accumulate=trainer.accumulate_grad_batches > 1,
+                release_gradients=releases_gradients(trainer),
+                vit=self.vit,
+            )
+            return fit_lean(pl_module, step, budget, kind=self.budget_kind, vit=self.vit)
 
 
 class _Handles:
     """Several handles as one."""
 
-    def __init__(self, handles: list[BlockForwardsHandle]) -> None:
-        self._handles = handles
+    def __init__(self) -> None:
+        self._handles: list[BlockForwardsHandle] = []
+
+    def add(self, handle: BlockForwardsHandle) -> None:
+        """Take one more."""
+        self._handles.append(handle)
 
     def remove(self) -> None:
         """Undo everything."""

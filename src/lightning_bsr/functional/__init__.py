@@ -1,5 +1,6 @@
 """What can be done to a ViT, with no Trainer: tensor functions first, installers that return a handle second."""
 
+from lightning_bsr.functional._attention_backward import attention_gradients, install_attention_by_products
 from lightning_bsr.functional._bitfit import BiasSelection, train_biases_
 from lightning_bsr.functional._checkpoint import install_checkpointing
 from lightning_bsr.functional._installed import BlockForwardsHandle
@@ -30,10 +31,12 @@ __all__ = [
     "SideNetwork",
     "SideNetworkHandle",
     "TokenDropHandle",
+    "attention_gradients",
     "cls_scores",
     "cosine_keep_rate",
     "drop_tokens",
     "fuse_tokens",
+    "install_attention_by_products",
     "install_checkpointing",
     "install_int8_activations",
     "install_lean_activations",

@@ -42,11 +42,12 @@ class LeanForward(BlockForward):
 
     def run_half(self, half: Half, function: Callable[[torch.Tensor], Result], x: torch.Tensor) -> Result:
         """Run ``function``, which computes one branch of the block on ``x``, by the policy for that half."""
+        inner = partial(super().run_half, half, function)
         policy = self.policies.get(half)
         if policy is None or not needs_backward(x, self.spec.part_parameters(self.block, half)):
-            return function(x)
+            return inner(x)
         # What it makes of a norm or an activation function it computes again without being told.
-        lean = function if torch.compiler.is_compiling() else partial(_rebuilding, function)
+        lean = inner if torch.compiler.is_compiling() else partial(_rebuilding, inner)
         if policy == "recompute":
             if not torch.compiler.is_compiling():
                 for observer in HALF_OBSERVERS:

@@ -1,4 +1,4 @@
-"""Chooses what to train, where to drop and what to compute again, so that the step fits in a budget of memory."""
+"""Chooses what to train, where to drop and what backward keeps, so that the step fits in a budget of memory."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -139,12 +139,13 @@ def fit_budget(
     max_drops: int = 3,
     recompute: bool = True,
 ) -> BudgetPlan:
-    """Choose the blocks to train, the drops and the blocks to compute again, for the most worth within a budget.
+    """Choose the blocks to train, the drops and the half-blocks to compute again, for the most worth within a budget.
 
-    Costs are exact: they are put together from single blocks run on fake tensors, and the choice is planned as a
-    whole before it is returned. The worth comes from the batches: gradients of the loss tell what training each half of
-    a block is worth, and the loss tells what dropping tokens in a block takes. Tokens that blocks of ``module`` drop
-    already stay dropped there, and no others are.
+    What is not computed again is lean exactly, see :func:`lightning_bsr.functional.install_lean_activations`: gradients
+    are the same to the last bit, whatever is chosen. Costs are exact: they are put together from single blocks run on
+    fake tensors, and the choice is planned as a whole before it is returned. The worth comes from the batches:
+    gradients of the loss tell what training each half of a block is worth, and the loss tells what dropping tokens in a
+    block takes. Tokens that blocks of ``module`` drop already stay dropped there, and no others are.
 
     Args:
         module: A module that holds a ViT with pretrained weights; it is left as it was.
@@ -161,7 +162,7 @@ def fit_budget(
         vit: Dotted path of the ViT, for when ``module`` holds several.
         keep_rates: Keep rates that may be chosen; none to drop nowhere.
         max_drops: In how many blocks tokens may be dropped.
-        recompute: Whether blocks may be computed again in backward: less memory, the same gradients, more compute.
+        recompute: Whether half-blocks may be computed again in backward: less memory, the same gradients, more compute.
 
     Returns:
         The choice, its plan, and the frontier it is taken from.

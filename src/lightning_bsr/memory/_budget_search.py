@@ -39,7 +39,7 @@ class BudgetSearch:
         autocast: Type for autocast, or ``None``.
         keep_rates: Keep rates that may be chosen.
         max_drops: In how many blocks tokens may be dropped.
-        recompute: Whether blocks may be computed again.
+        recompute: Whether half-blocks may be computed again.
     """
 
     def __init__(

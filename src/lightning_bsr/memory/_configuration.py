@@ -1,4 +1,4 @@
-"""A choice of what trains, where tokens are dropped and what is computed again."""
+"""A choice of what trains, where tokens are dropped and what backward keeps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,11 +7,14 @@ from typing import Any, get_args
 from torch import nn
 
 from lightning_bsr.functional import (
+    HalfPolicies,
+    LeanPolicy,
     TokenDropHandle,
-    install_checkpointing,
+    install_lean_activations,
     install_token_drop,
     select_blocks_,
 )
+from lightning_bsr.functional._forward import Half
 from lightning_bsr.functional._select import Part
 
 
@@ -22,17 +25,18 @@ class Configuration:
     Attributes:
         blocks: The parts that train, by block index.
         drop: Keep rate by index of a dropping block.
-        recompute: Indices of the blocks that are computed again in backward.
+        lean: What backward keeps of each half of a block, as ``install_lean_activations`` takes it.
         drop_options: More arguments of ``install_token_drop``.
 
     Example:
-        >>> print(Configuration({10: ("mlp",), 11: ("attn", "mlp")}, {9: 0.5}, (11,)))
-        train 10 (mlp), 11; drop 9 @ 0.5; recompute 11
+        >>> lean = {10: {"attn": "exact", "mlp": "recompute"}, 11: {"attn": "recompute", "mlp": "recompute"}}
+        >>> print(Configuration({10: ("mlp",), 11: ("attn", "mlp")}, {9: 0.5}, lean))
+        train 10 (mlp), 11; drop 9 @ 0.5; recompute 10 (mlp), 11; exact 10 (attn)
     """
 
     blocks: Mapping[int, tuple[Part, ...]]
     drop: Mapping[int, float] = field(default_factory=dict)
-    recompute: tuple[int, ...] = ()
+    lean: Mapping[int, HalfPolicies] = field(default_factory=dict)
     drop_options: Mapping[str, Any] = field(default_factory=dict)
 
     def install(self, module: nn.Module, vit: str | None = None) -> "InstalledConfiguration":
@@ -41,8 +45,8 @@ class Configuration:
         try:
             if self.drop:
                 handles.append(self.install_drop(module, vit))
-            if self.recompute:
-                handles.append(install_checkpointing(module, self.recompute, vit=vit))
+            if self.lean:
+                handles.append(install_lean_activations(module, self.lean, vit=vit))
         except BaseException:
             for handle in handles:
                 handle.remove()
@@ -58,7 +62,7 @@ class Configuration:
         return {
             "blocks": {index: list(parts) for index, parts in self.blocks.items()},
             "drop": dict(self.drop),
-            "recompute": list(self.recompute),
+            "lean": {index: dict(policies) for index, policies in self.lean.items()},
             "drop_options": dict(self.drop_options),
         }
 
@@ -66,7 +70,7 @@ class Configuration:
     def from_dict(cls, values: Mapping[str, Any]) -> "Configuration":
         """Make the configuration that :meth:`to_dict` gave."""
         blocks = {index: tuple(parts) for index, parts in values["blocks"].items()}
-        return cls(blocks, dict(values["drop"]), tuple(values["recompute"]), dict(values["drop_options"]))
+        return cls(blocks, dict(values["drop"]), dict(values["lean"]), dict(values["drop_options"]))
 
     def blocks_argument(self) -> list[int] | dict[int, str | list[str]]:
         """Give ``blocks`` as :class:`lightning_bsr.BlockSelect` takes it."""
@@ -81,19 +85,33 @@ class Configuration:
         if self.drop:
             arguments = {"blocks": list(self.drop), "keep_rate": list(self.drop.values()), **self.drop_options}
             found.append({"class_path": "TokenDrop", "init_args": arguments})
-        if self.recompute:
-            found.append({"class_path": "ActivationCheckpoint", "init_args": {"blocks": list(self.recompute)}})
+        if self.lean:
+            policies = {index: _shortest(policies) for index, policies in self.lean.items()}
+            found.append({"class_path": "LeanActivations", "init_args": {"policy": policies}})
         return found
 
     def __str__(self) -> str:
-        whole = len(get_args(Part))
-        trained = ", ".join(str(i) if len(parts) == whole else f"{i} ({parts[0]})" for i, parts in self.blocks.items())
-        text = f"train {trained or 'the head only'}"
+        text = f"train {_listing(self.blocks) or 'the head only'}"
         if self.drop:
             text += "; drop " + ", ".join(f"{index} @ {rate:g}" for index, rate in self.drop.items())
-        if self.recompute:
-            text += f"; recompute {', '.join(map(str, self.recompute))}"
+        for policy in reversed(get_args(LeanPolicy)):
+            text += f"; {policy} {listed}" if (listed := _listing(self._halves(policy))) else ""
         return text
+
+    def _halves(self, policy: LeanPolicy) -> dict[int, tuple[Half, ...]]:
+        halves = {i: tuple(half for half, one in each.items() if one == policy) for i, each in self.lean.items()}
+        return {index: each for index, each in halves.items() if each}
+
+
+def _listing(parts: Mapping[int, tuple[str, ...]]) -> str:
+    whole = len(get_args(Part))
+    return ", ".join(str(i) if len(some) == whole else f"{i} ({some[0]})" for i, some in parts.items())
+
+
+def _shortest(policies: HalfPolicies) -> LeanPolicy | dict[Half, LeanPolicy]:
+    """One policy for both halves, if they have the same."""
+    different = set(policies.values())
+    return different.pop() if len(different) == 1 and len(policies) == len(get_args(Half)) else dict(policies)
 
 
 class InstalledConfiguration:

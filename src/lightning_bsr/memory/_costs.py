@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_bsr.functional import install_token_drop
+from lightning_bsr.functional import LeanPolicy, install_lean_activations, install_token_drop
 from lightning_bsr.memory._kernels import LayerNormStatistics
 from lightning_bsr.memory._live import StepTracker
 from lightning_bsr.memory._recorder import ActivationRecorder
@@ -21,12 +21,14 @@ class BlockCost:
     """Bytes that a block keeps and operations that it takes, by state; of the whole batch.
 
     A half-block is *frozen* (something below it trains), *trained* (the same, and it trains) or *first* (it trains,
-    nothing below it does). Backward operations are those for inputs and those for weights.
+    nothing below it does). Bytes are those of the policy ``"exact"``, unless it is said that a half is computed again.
+    Backward operations are those for inputs and those for weights.
 
     Attributes:
         attn: Bytes kept by the attention half: frozen, trained, first.
         mlp: Bytes kept by the MLP half: frozen, trained, first.
-        input: Bytes of the block's input: what is kept if the block is computed again.
+        kept_again: Bytes kept by the attention half and the MLP half, if the half is computed again.
+        again: Operations of computing the attention half and the MLP half again.
         forward: Operations of the forward pass.
         inputs: Backward operations for inputs, if something below trains.
         first_inputs: Backward operations for inputs if the attention half is the first that trains.
@@ -35,7 +37,8 @@ class BlockCost:
 
     attn: tuple[int, int, int]
     mlp: tuple[int, int, int]
-    input: int
+    kept_again: tuple[int, int]
+    again: tuple[int, int]
     forward: int
     inputs: int
     first_inputs: int
@@ -86,6 +89,7 @@ class BlockCosts:
 
     def _cost(self, index: int, tokens: int) -> BlockCost:
         both = self._run(index, tokens, True, ("attn", "mlp"))
+        again = self._run(index, tokens, True, ("attn", "mlp"), "recompute")
         frozen = self._run(index, tokens, True, ())
         first = self._run(index, tokens, False, ("attn", "mlp"))
         first_mlp = self._run(index, tokens, False, ("mlp",))
@@ -95,14 +99,30 @@ class BlockCosts:
         return BlockCost(
             attn=(frozen.attn, both.attn, first.attn),
             mlp=(frozen.mlp, both.mlp, first_mlp.mlp),
-            input=self._shape[0] * tokens * self._shape[1] * self._dtype.itemsize,
+            kept_again=(again.attn, again.mlp),
+            # As many operations forward as for its weights, again.
+            again=(again.backward - both.backward - weights_mlp, weights_mlp),
             forward=both.forward,
             inputs=frozen.backward,
             first_inputs=first.backward - weights_attn - weights_mlp,
             weights=(weights_attn, weights_mlp),
         )
 
-    def _run(self, index: int, tokens: int, needs_input_gradient: bool, trained: tuple[str, ...]) -> "_Run":
+    def _run(
+        self,
+        index: int,
+        tokens: int,
+        needs_input_gradient: bool,
+        trained: tuple[str, ...],
+        policy: LeanPolicy = "exact",
+    ) -> "_Run":
+        lean = install_lean_activations(self._view.model, {index: policy})
+        try:
+            return self._run_alone(index, tokens, needs_input_gradient, trained)
+        finally:
+            lean.remove()
+
+    def _run_alone(self, index: int, tokens: int, needs_input_gradient: bool, trained: tuple[str, ...]) -> "_Run":
         block, spec = self._view.blocks[index], self._view.specs[index]
         trains = {id(p) for part in trained for p in spec.part_parameters(block, part)}  # type: ignore[arg-type]  # part names as above
         mode = FakeTensorMode(allow_non_fake_inputs=True)

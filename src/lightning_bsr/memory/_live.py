@@ -24,6 +24,13 @@ Category = Literal[
     "temporaries",
 ]
 _RESIDENT = ("parameters", "buffers")
+# Not every release of torch has a formula for the kernels of the CPU; they compute what those of CUDA do.
+_COUNTED_AS: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ),
+}
 
 
 @dataclass
@@ -133,8 +140,9 @@ class StepTracker(TorchDispatchMode):
             self._keep_recomputed()
         out = func(*args, **kwargs)
         packet = getattr(func, "_overloadpacket", None)
-        if packet in flop_registry:
-            self.flops[self.phase, self._line] += flop_registry[packet](*args, **kwargs, out_val=out)
+        formula = flop_registry.get(packet) or flop_registry.get(_COUNTED_AS.get(packet))
+        if formula is not None:
+            self.flops[self.phase, self._line] += formula(*args, **kwargs, out_val=out)
         casts_weight = func is torch.ops.aten._to_copy.default and self._category(args[0]) == "parameters"
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:

@@ -1,4 +1,4 @@
-"""Searches what to train, where to drop and what to compute again, under a bound on memory."""
+"""Searches what to train, where to drop and which half-blocks to compute again, under a bound on memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from lightning_bsr.functional import HalfPolicies
+from lightning_bsr.functional._forward import Half
 from lightning_bsr.functional._select import Part
 from lightning_bsr.memory._configuration import Configuration
 from lightning_bsr.memory._costs import BlockCost
 
 _PARTS: tuple[tuple[Part, ...], ...] = ((), ("attn",), ("mlp",), ("attn", "mlp"))
+_HALVES: tuple[tuple[Half, ...], ...] = _PARTS
 _SLOPES = (0.0, 0.2)
 _LEVELS = 4096
 _START = -1
@@ -112,7 +115,7 @@ class BlockSearch:
         pattern: Where tokens are dropped.
         gains: By block and half, the share of the gain.
         weights: By block and half, bytes that training it takes beside activations (gradients, optimizer state).
-        recompute: Whether blocks may be computed again.
+        recompute: Whether half-blocks may be computed again.
         drop_options: More arguments of ``install_token_drop``.
     """
 
@@ -161,7 +164,7 @@ class BlockSearch:
 
     def _trace(self, stages: list["_Labels"], row: int | None) -> Found:
         parts: dict[int, tuple[Part, ...]] = {}
-        recompute: list[int] = []
+        lean: dict[int, HalfPolicies] = {}
         peak, flops, gain = 0, 0.0, 0.0
         if row is not None:
             peak, flops, gain = int(stages[-1].peak[row]), float(stages[-1].flops[row]), float(stages[-1].gain[row])
@@ -173,11 +176,10 @@ class BlockSearch:
             option = (first if origin == _START else later).treatments[choice]
             if option.parts:
                 parts[index] = option.parts
-            if option.recompute:
-                recompute.append(index)
+            lean[index] = {half: "recompute" if half in option.again else "exact" for half in _HALVES[-1]}
             row = None if origin == _START else origin
         configuration = Configuration(
-            dict(sorted(parts.items())), dict(self.pattern.drop), tuple(sorted(recompute)), self._drop_options
+            dict(sorted(parts.items())), dict(self.pattern.drop), dict(sorted(lean.items())), self._drop_options
         )
         return Found(configuration, peak, int(self._forward + flops), gain, worth_of(gain, self.pattern.penalty))
 
@@ -187,7 +189,7 @@ class _Treatment:
     """One way to treat a block."""
 
     parts: tuple[Part, ...]
-    recompute: bool
+    again: tuple[Half, ...]
     kept: int
     spike: int
     gain: float
@@ -266,11 +268,15 @@ def _treatments(
         backward = inputs + sum(w for w, p in zip(cost.weights, ("attn", "mlp"), strict=True) if p in parts)
         gain = sum(gains[index, part] for part in parts)
         static = sum(weights[index, part] for part in parts)
-        full = attn + mlp
-        yield _Treatment(parts, False, full + static, full + static, gain, backward)
-        if recompute and full > cost.input:
-            again = full if attn else full + cost.input
-            yield _Treatment(parts, True, cost.input + static, again + static, gain, backward + cost.forward)
+        for again in _HALVES if recompute else ((),):
+            kept_attn = cost.kept_again[0] if "attn" in again else attn
+            kept_mlp = cost.kept_again[1] if "mlp" in again else mlp
+            if ("attn" in again and kept_attn >= attn) or ("mlp" in again and kept_mlp >= mlp):
+                continue
+            # One half at a time: when the MLP half is whole the attention half is as it was kept; then the MLP is gone.
+            most = max(kept_attn + mlp, attn)
+            operations = backward + sum(w for w, h in zip(cost.again, ("attn", "mlp"), strict=True) if h in again)
+            yield _Treatment(parts, again, kept_attn + kept_mlp + static, most + static, gain, operations)
 
 
 def _state(cost: BlockCost, parts: Iterable[Part], after_training: bool) -> tuple[int, int, int]:

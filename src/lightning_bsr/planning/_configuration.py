@@ -16,6 +16,7 @@ from lightning_bsr.callbacks import (
     ActivationCheckpoint,
     ActivationMemoryMonitor,
     BlockSelect,
+    LeanActivations,
     QuantizeFrozen,
     TokenDrop,
 )
@@ -23,7 +24,7 @@ from lightning_bsr.methods import FineTune
 from lightning_bsr.planning._settings import PlanSettings
 
 _WRITES_OR_PRINTS = (Checkpoint, ModelSummary, ProgressBar, ActivationMemoryMonitor)
-_CHOSEN = (ActivationCheckpoint, BlockSelect, FineTune, TokenDrop)
+_CHOSEN = (ActivationCheckpoint, BlockSelect, FineTune, LeanActivations, TokenDrop)
 _QUIET: dict[str, Any] = {
     "enable_checkpointing": False,
     "enable_progress_bar": False,
