@@ -185,7 +185,8 @@ class PublishedData(ImageFolderDataModule):
     def _explain(self, error: Exception, *, download: bool) -> str:
         source, cause = self.source, f"{error}".strip().rstrip(".") or type(error).__name__
         folder, hosts = self.root / source.folder, dict.fromkeys(str(urlparse(url).hostname) for url in source.urls)
-        state = "incomplete or damaged" if folder.exists() else "not there"
+        # torchvision makes the folder before it downloads.
+        state = "incomplete or damaged" if folder.is_dir() and any(folder.iterdir()) else "not there"
         tried = f" and could not be downloaded from {_join(hosts)}" if download else ""
         return (
             f"{source.name} in {folder} is {state}{tried} ({cause}). Expected are {source.content}, unpacked from "
