@@ -66,14 +66,14 @@ def main() -> None:
 
     for model in args.models:
         print(f"\n{model}\n")
-        columns = ["method", "activations, MiB / image", "GFLOP / image", *(f"peak, {data}, MiB" for data in DATA)]
+        columns = ["method", "activations, MiB / image", "GFLOP / image", "peak, MiB"]
         print(f"| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}")
         for method in METHODS:
             reports = [plan(model, data, method) for data in DATA]
             kept = spread([report.activations / report.batch_size / MIB for report in reports], ".2f")
             flops = spread([sum(report.flops) / report.batch_size / 1e9 for report in reports], ".1f")
-            peaks = [f"{report.peak / MIB:,.0f}" for report in reports]
-            print(f"| {' | '.join([method, kept, flops, *peaks])} |", flush=True)
+            peak = spread([report.peak / MIB for report in reports], ",.0f")
+            print(f"| {' | '.join([method, kept, flops, peak])} |", flush=True)
 
 
 if __name__ == "__main__":
