@@ -21,7 +21,7 @@ from lightning_bsr.memory import MIB
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """Read the rows of a comparison that have a result."""
     rows = json.loads((folder / "table.json").read_text())["rows"]
-    return [row for row in rows if row["equal_epochs"]]
+    return [row for row in rows if row["equal_length"]]
 
 
 def kept(row: dict[str, Any]) -> float:
@@ -46,7 +46,7 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|")
     for row in sorted([*fixed, *chosen], key=kept):
-        score = row["equal_epochs"]
+        score = row["equal_length"]
         print(
             f"| {row['method']} | {kept(row) / 1024:.0f} | {kept(row) / kept(full):.1%} | "
             f"{row['flops'] / full['flops']:.0%} | {row['lr']:g} | "
@@ -57,8 +57,8 @@ def main() -> None:
     axes = figure.subplots()
     axes.errorbar(
         [kept(row) / MIB for row in chosen],
-        [100 * row["equal_epochs"]["mean"] for row in chosen],
-        yerr=[100 * (row["equal_epochs"]["deviation"] or 0) for row in chosen],
+        [100 * row["equal_length"]["mean"] for row in chosen],
+        yerr=[100 * (row["equal_length"]["deviation"] or 0) for row in chosen],
         fmt="o-",
         capsize=3,
         color="C0",
@@ -67,14 +67,14 @@ def main() -> None:
     for row in fixed:
         axes.errorbar(
             kept(row) / MIB,
-            100 * row["equal_epochs"]["mean"],
-            yerr=100 * (row["equal_epochs"]["deviation"] or 0),
+            100 * row["equal_length"]["mean"],
+            yerr=100 * (row["equal_length"]["deviation"] or 0),
             fmt="s",
             capsize=3,
             color="C1",
         )
         axes.annotate(
-            row["method"], (kept(row) / MIB, 100 * row["equal_epochs"]["mean"]), (6, 6), textcoords="offset points"
+            row["method"], (kept(row) / MIB, 100 * row["equal_length"]["mean"]), (6, 6), textcoords="offset points"
         )
     axes.plot([], [], "s", color="C1", label="fixed ways")
     axes.set(xscale="log", xlabel="activations kept at most, MiB an image", ylabel="test accuracy, %")

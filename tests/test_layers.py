@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "memory": {"_errors", "vit", "functional"},
     "callbacks": {"_errors", "vit", "functional", "memory"},
     "models": {"_errors", "vit", "functional"},
-    "data": {"_errors"},
+    "data": {"_errors", "memory"},
     "planning": {"_errors", "_cli_configuration", "_version", "vit", "functional", "memory", "callbacks", "methods"},
     "comparison": {
         "_errors",

@@ -15,7 +15,16 @@ from lightning_bsr.callbacks import (
     TokenDrop,
     TokenDropCallback,
 )
-from lightning_bsr.data import DigitsDataModule, ImageFolderDataModule, MultiTaskDataModule
+from lightning_bsr.data import (
+    CIFAR10DataModule,
+    CIFAR100DataModule,
+    DigitsDataModule,
+    Flowers102DataModule,
+    Food101DataModule,
+    ImageFolderDataModule,
+    MultiTaskDataModule,
+    OxfordIIITPetDataModule,
+)
 from lightning_bsr.methods import FineTune
 from lightning_bsr.models import DrawExpertUse, MultiTaskClassifier, ViTClassifier
 from lightning_bsr.vit import register_block
@@ -25,15 +34,20 @@ __all__ = [
     "ActivationMemoryMonitor",
     "BlockSelect",
     "BlockSelectCallback",
+    "CIFAR10DataModule",
+    "CIFAR100DataModule",
     "ConfigurationError",
     "DeltaCheckpoint",
     "DigitsDataModule",
     "DrawExpertUse",
     "FineTune",
+    "Flowers102DataModule",
+    "Food101DataModule",
     "ImageFolderDataModule",
     "LeanActivations",
     "MultiTaskClassifier",
     "MultiTaskDataModule",
+    "OxfordIIITPetDataModule",
     "PrefixCache",
     "QuantizeFrozen",
     "ReleaseGradients",

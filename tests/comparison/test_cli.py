@@ -70,6 +70,19 @@ def test_compare__takes_lists_and_a_configuration_that_fit_has_written(here, poo
     assert "Written to out: table.md" in capsys.readouterr().out
 
 
+def test_compare__rates_of_the_configuration_and_of_each_method_for_steps(here, pools, capsys):
+    steps = ["--trainer.max_epochs=null", "--trainer.max_steps=2"]
+    lrs = "--lrs={full: configured, head: '1e-3,1e-2'}"
+    main([*SMALL, *steps, *MICRO, "--methods=full,head", lrs, "--seeds=3"])
+    names = sorted(path.name.rpartition("-")[0] for path in (here / "out" / "runs").iterdir())
+    assert names == ["full-lr0.0045-seed3-steps2", "head-lr0.001-seed3-steps2", "head-lr0.01-seed3-steps2"]
+    table = json.loads((here / "out" / "table.json").read_text())
+    assert (table["settings"]["length"], table["settings"]["unit"]) == (2, "steps")
+    assert table["settings"]["lrs"] == {"full": [0.0045], "head": [0.001, 0.01]}
+    assert table["rows"][0]["lr_at_edge"] is False
+    assert "2 steps; learning rate of 0.0045, or 0.001, 0.01 chosen by val/accuracy (max)" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_compare__interrupted_and_gone_on_with(tmp_path):
     command = [Path(sys.executable).parent / "lightning-bsr", *SMALL, *MICRO]
@@ -105,7 +118,7 @@ def test_compare__interrupted_and_gone_on_with(tmp_path):
     assert second.returncode == 0, error
     assert "Timing" not in output
     table = json.loads((tmp_path / "out" / "table.json").read_text())
-    assert len(table["rows"][0]["equal_epochs"]["values"]) == 2
+    assert len(table["rows"][0]["equal_length"]["values"]) == 2
     untested = [path for path in kept if "test" not in json.loads(path.read_text())]
     assert all(path.stat().st_mtime_ns == kept[path] for path in untested)
     assert not [*(tmp_path / "out").rglob(".*.json.*")]

@@ -45,14 +45,14 @@ def test_table__is_what_the_run_files_say(configuration, make_settings, build, p
     finished = [record for record in found if "error" not in record]
     for row in rows[:2]:
         of_method = [record for record in finished if record["method"] == row.method]
-        tried = {r["lr"]: r["validation"]["val/accuracy"] for r in of_method if (r["seed"], r["epochs"]) == (0, 2)}
+        tried = {r["lr"]: r["validation"]["val/accuracy"] for r in of_method if (r["seed"], r["length"]) == (0, 2)}
         assert sorted(tried) == [1e-3, 1e-2]
         assert row.lr == min(lr for lr in tried if tried[lr] == max(tried.values()))
         assert row.lr_at_edge
         assert row.validation == tried[row.lr]
-        for score, epochs in ((row.equal_epochs, 2), (row.equal_time, 6 if row.method == "head" else 2)):
-            tests = [r["test"]["test/accuracy"] for r in of_method if (r["lr"], r["epochs"]) == (row.lr, epochs)]
-            assert score.epochs == epochs
+        for score, length in ((row.equal_length, 2), (row.equal_time, 6 if row.method == "head" else 2)):
+            tests = [r["test"]["test/accuracy"] for r in of_method if (r["lr"], r["length"]) == (row.lr, length)]
+            assert score.length == length
             assert sorted(score.values) == sorted(tests)
             assert score.mean == statistics.fmean(tests)
             assert score.deviation == statistics.stdev(tests)
@@ -67,14 +67,14 @@ def test_table__is_what_the_run_files_say(configuration, make_settings, build, p
     )
 
     written = json.loads((settings.output / "table.json").read_text())
-    assert [row["equal_epochs"] and row["equal_epochs"]["mean"] for row in written["rows"]] == [
-        row.equal_epochs and row.equal_epochs.mean for row in rows
+    assert [row["equal_length"] and row["equal_length"]["mean"] for row in written["rows"]] == [
+        row.equal_length and row.equal_length.mean for row in rows
     ]
     with (settings.output / "table.csv").open() as file:
         lines = [*csv.DictReader(file)]
     assert [line["method"] for line in lines] == ["full", "head", "bsr"]
     assert float(lines[1]["equal_time_mean"]) == rows[1].equal_time.mean
-    assert lines[1]["equal_time_epochs"] == "6"
+    assert lines[1]["equal_time_length"] == "6"
     markdown = (settings.output / "table.md").read_text()
     assert f"| head | 1,290 | {rows[1].planned_activations / 2**20:.3f} |" in markdown
     assert {path.suffix for path in settings.output.iterdir()} >= {".png", ".svg"}
@@ -118,11 +118,11 @@ def test_again__a_failed_run_is_tried_again(configuration, make_settings, build,
         patch.setattr("lightning_bsr.comparison._compare.run_once", fails)
         (row,) = compare(configuration, settings, build)
     assert row.notes == ("failed (lr 0.01, seed 1, 2 epochs): RuntimeError: the power is off",)
-    assert len(row.equal_epochs.values) == 1
-    assert row.equal_epochs.deviation is None
+    assert len(row.equal_length.values) == 1
+    assert row.equal_length.deviation is None
     (row,) = compare(configuration, settings, build)
     assert row.notes == ()
-    assert len(row.equal_epochs.values) == 2
+    assert len(row.equal_length.values) == 2
     assert pools[-1].calls == ["run_once"]
 
 
@@ -156,7 +156,7 @@ def test_weights__tested_are_those_of_the_chosen_learning_rate(configuration, ma
         together = make_settings(methods=("head",), lrs=lrs, seeds=(0,), output=tmp_path / f"both{number}")
         (row,) = compare(configuration, together, build)
         alone = make_settings(methods=("head",), lrs=(row.lr,), seeds=(0,), output=tmp_path / f"one{number}")
-        assert compare(configuration, alone, build)[0].equal_epochs == row.equal_epochs
+        assert compare(configuration, alone, build)[0].equal_length == row.equal_length
         (chosen,) = [r for r in records(together) if r["lr"] == row.lr]
         (only,) = records(alone)
         assert chosen["test"] == only["test"]
@@ -203,6 +203,6 @@ def test_plots__without_matplotlib_say_how_to_get_it(configuration, make_setting
     settings = make_settings(methods=("head",), lrs=(1e-2,), seeds=(0,), equal_time=False)
     (row,) = compare(configuration, settings, build)
     assert row.equal_time is None
-    assert str(row.equal_epochs) == f"{row.equal_epochs.mean:.4f}"
+    assert str(row.equal_length) == f"{row.equal_length.mean:.4f}"
     assert "; no plots, which need matplotlib: pip install 'lightning-bsr[plots]'." in capsys.readouterr().out
     assert not [*settings.output.glob("*.png")]

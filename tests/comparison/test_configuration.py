@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_bsr import ConfigurationError, TokenDrop
-from lightning_bsr.comparison._configuration import base_configuration, configuration_of, fingerprint
+from lightning_bsr.comparison._configuration import base_configuration, configuration_of, fingerprint, length_of
 
 
 class MyDrop(TokenDrop):
@@ -42,12 +42,37 @@ def test_run__has_its_method_rate_seed_and_epochs(configuration, make_settings):
     assert len(base["trainer"]["callbacks"]) == 1
 
 
+def test_run__counts_in_steps_where_the_configuration_does(configuration, make_settings):
+    configuration["trainer"] |= {"max_epochs": None, "max_steps": 9}
+    settings = make_settings()
+    base, _ = base_configuration(configuration, settings)
+    assert length_of(base["trainer"]) == (9, "steps")
+    trainer = configuration_of(base, settings, "head", 0.5, 7, 3)["trainer"]
+    assert (trainer["max_epochs"], trainer["max_steps"]) == (None, 3)
+    longer = {**base, "trainer": {**base["trainer"], "max_steps": 8}}
+    assert fingerprint(longer, settings) == fingerprint(base, settings)
+
+
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        ({"max_epochs": None}, "trainer.max_epochs is None, expected 1 or more: all methods train that long."),
-        ({"max_epochs": -1}, "trainer.max_epochs is -1, expected 1 or more: all methods train that long."),
-        ({"max_steps": 9}, "trainer.max_steps is 9, expected none; compare counts in trainer.max_epochs."),
+        (
+            {"max_epochs": None},
+            "trainer.max_epochs is None, expected 1 or more, or trainer.max_steps instead: all methods train that "
+            "long.",
+        ),
+        (
+            {"max_epochs": -1},
+            "trainer.max_epochs is -1, expected 1 or more, or trainer.max_steps instead: all methods train that long.",
+        ),
+        (
+            {"max_steps": 9},
+            "trainer.max_epochs is 2 and trainer.max_steps is 9, expected one of them: all methods train that long.",
+        ),
+        (
+            {"max_epochs": None, "max_steps": 0},
+            "trainer.max_steps is 0, expected 1 or more: all methods train that long.",
+        ),
         (
             {"fast_dev_run": True},
             "trainer.fast_dev_run is set, expected false; for a short comparison set trainer.limit_train_batches.",

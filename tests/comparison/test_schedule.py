@@ -16,7 +16,7 @@ def result(validation, test=None):
 @pytest.fixture
 def progress(make_settings):
     settings = make_settings(lrs=(0.1, 0.2), seeds=(5, 6))
-    return Progress(settings, epochs=4, timed_epochs={"full": 4, "head": 9}, results={}, failures={})
+    return Progress(settings, length=4, timed_lengths={"full": 4, "head": 9}, results={}, failures={})
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ def test_numbers__say_what_is_none():
         ({"lrs": ()}, "lrs is [], expected one or more learning rates, such as 5e-4,1.5e-3."),
         ({"lrs": (0.1, -0.1)}, "lrs is [0.1, -0.1], expected numbers above 0."),
         ({"lrs": (float("nan"),)}, "lrs is [nan], expected numbers above 0."),
+        ({"lrs": {"full": (0.1,)}}, "lrs is ['full'], expected those of full, head."),
+        ({"lrs": {"full": (0.1,), "head": (0,)}}, "lrs.head is [0], expected numbers above 0."),
         ({"seeds": ()}, "seeds is [], expected one or more whole numbers, such as 0,1,2."),
         ({"seeds": (-1,)}, "seeds is [-1], expected whole numbers of 0 or more."),
         ({"mode": "best"}, "mode is 'best', expected 'max' or 'min'."),

@@ -33,7 +33,7 @@ def rows():
             lr=1e-3,
             lr_at_edge=True,
             validation=0.9,
-            equal_epochs=Score(20, (0.5, 0.7)),
+            equal_length=Score(20, (0.5, 0.7)),
             equal_time=Score(31, (0.25,)),
         ),
         Row(method="lora", summary="Adapters train.", notes=("failed: no | here",)),
@@ -53,7 +53,7 @@ def test_print__cuts_no_number(width, rows, progress, monkeypatch, capsys):
         "1234.5",
         "0.001 (edge)",
         "0.6000 ± 0.1414",
-        "(31 ep.)",
+        "(31 epochs)",
     ):
         assert text in said, text
     assert said.count("int8_activations") == (2 if width == 80 else 1)
@@ -74,9 +74,9 @@ def test_markdown__has_a_line_for_each_method_and_the_recipe(rows, progress):
 def test_csv_and_json__have_base_units(rows, progress):
     first, second = csv.DictReader(io.StringIO(to_csv(rows)))
     assert float(first["planned_peak"]) == 12_345 * 2**20
-    assert (first["equal_time_epochs"], first["equal_time_seeds"], first["equal_time_deviation"]) == ("31", "1", "")
-    assert (second["lr"], second["equal_epochs_seeds"]) == ("", "0")
+    assert (first["equal_time_length"], first["equal_time_seeds"], first["equal_time_deviation"]) == ("31", "1", "")
+    assert (second["lr"], second["equal_length_seeds"]) == ("", "0")
     content = json.loads(to_json(rows, progress))
-    assert content["rows"][0]["equal_epochs"]["values"] == [0.5, 0.7]
-    assert content["settings"]["epochs"] == 20
+    assert content["rows"][0]["equal_length"]["values"] == [0.5, 0.7]
+    assert content["settings"]["length"] == 20
     assert content["settings"]["lrs"] == [0.001, 0.01]

@@ -576,3 +576,24 @@ def test_pretrained__no_network(monkeypatch, tmp_path):
         rf"a local file, pretrained=False, or {re.escape(BUNDLED)}\.",
         str(error.value),
     )
+
+
+# --- the head ---------------------------------------------------------------------------------------------
+
+
+def test_zero_head__starts_at_even_odds_and_can_be_loaded_over(tmp_path):
+    model = ViTClassifier(num_classes=100, zero_head=True)  # whose weights bring a head of 100 classes
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(model(images), torch.zeros(2, 100))
+    path = write_lightning(model, tmp_path / "last")  # after a step of training
+    loaded = ViTClassifier.load_from_checkpoint(path)
+    assert loaded.model.head.weight.any()
+    assert torch.equal(loaded.model.head.weight, model.model.head.weight)
+
+
+def test_zero_head__needs_one_linear_layer():
+    with pytest.raises(ConfigurationError) as stop:
+        ViTClassifier("deit_tiny_distilled_patch16_224", pretrained=False, model_kwargs={"depth": 1}, zero_head=True)
+    assert str(stop.value) == (
+        "zero_head is True, expected a head that is one linear layer; that of VisionTransformerDistilled is tuple."
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.comparison._configuration import base_configuration, configuration_of, fingerprint
+from lightning_bsr.comparison._configuration import base_configuration, configuration_of, fingerprint, length_of
 from lightning_bsr.comparison._plots import plot
 from lightning_bsr.comparison._pool import Failure, Pool
 from lightning_bsr.comparison._rows import Row, make_rows
@@ -16,7 +16,7 @@ from lightning_bsr.comparison._schedule import (
     Progress,
     Run,
     Store,
-    epochs_in_equal_time,
+    length_in_equal_time,
     run_name,
 )
 from lightning_bsr.comparison._settings import Settings
@@ -61,7 +61,7 @@ class _Comparison:
         self.store = Store(settings.output)
         self.base, left_out = base_configuration(configuration, settings)
         self.problems: dict[str, list[str]] = {method: [] for method in settings.methods}
-        self.epochs: int = self.base["trainer"]["max_epochs"]
+        self.length, self.unit = length_of(self.base["trainer"])
         if left_out:
             print(f"Left out of trainer.callbacks: {', '.join(left_out)}; each method brings its own.")
 
@@ -70,10 +70,10 @@ class _Comparison:
         print(f"{method}: {problem}", flush=True)
 
     def configuration_of(self, run: Run) -> dict[str, Any]:
-        return configuration_of(self.base, self.settings, run.method, run.lr, run.seed, run.epochs)
+        return configuration_of(self.base, self.settings, run.method, run.lr, run.seed, run.length)
 
     def example_of(self, method: str) -> dict[str, Any]:
-        return self.configuration_of(Run(method, self.settings.lrs[0], self.settings.seeds[0], self.epochs))
+        return self.configuration_of(Run(method, self.settings.lrs_of(method)[0], self.settings.seeds[0], self.length))
 
     def check_metrics(self) -> None:
         """Refuse metrics that the module does not log, before anything trains."""
@@ -137,7 +137,7 @@ class _Comparison:
         """Do all runs that are missing, and test those that are chosen."""
         results: dict[Run, dict[str, Any]] = {}
         failures: dict[Run, str] = {}
-        progress = Progress(self.settings, self.epochs, self._timed_epochs(timings), results, failures)
+        progress = Progress(self.settings, self.length, self._timed_lengths(timings), results, failures, self.unit)
         while True:
             self._read_finished(progress, results)
             self._forget_weights(progress)
@@ -164,7 +164,7 @@ class _Comparison:
                 jobs.append(("test" if self._weights(run).exists() else "run", run))
         for run in progress.wanted():
             if run not in progress.results and run not in progress.failures:
-                trial = len(self.settings.lrs) > 1 and run in progress.grid(run.method)
+                trial = len(self.settings.lrs_of(run.method)) > 1 and run in progress.grid(run.method)
                 jobs.append(("try" if trial else "run", run))
         return jobs
 
@@ -206,12 +206,12 @@ class _Comparison:
     def _weights(self, run: Run) -> Path:
         return self.settings.output / "weights" / f"{self._name(run)}.ckpt"  # a name has dots: no with_suffix
 
-    def _timed_epochs(self, timings: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    def _timed_lengths(self, timings: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
         reference = timings.get(self.settings.methods[0])
         if not self.settings.equal_time or reference is None:
             return {}
         return {
-            method: epochs_in_equal_time(self.settings, self.epochs, timing["step_seconds"], reference["step_seconds"])
+            method: length_in_equal_time(self.settings, self.length, timing["step_seconds"], reference["step_seconds"])
             for method, timing in timings.items()
         }
 

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr._version import __version__
 from lightning_bsr.comparison._methods import callback_entry
+from lightning_bsr.comparison._schedule import Unit
 from lightning_bsr.comparison._settings import Settings
 
 _NO_LOGGER = {"class_path": "lightning.pytorch.loggers.logger.DummyLogger"}  # some callbacks refuse to be without one
@@ -30,7 +31,7 @@ def base_configuration(configuration: Mapping[str, Any], settings: Settings) -> 
         method brings its own, and those that print or save.
 
     Raises:
-        ConfigurationError: The configuration does not count in epochs, takes several devices, or lacks
+        ConfigurationError: The configuration does not say how long to train, takes several devices, or lacks
             ``settings.lr_key``.
     """
     base = copy.deepcopy({key: value for key, value in configuration.items() if key not in ("config", "ckpt_path")})
@@ -60,7 +61,7 @@ def base_configuration(configuration: Mapping[str, Any], settings: Settings) -> 
 
 
 def configuration_of(
-    base: Mapping[str, Any], settings: Settings, method: str, lr: float, seed: int, epochs: int
+    base: Mapping[str, Any], settings: Settings, method: str, lr: float, seed: int, length: int
 ) -> dict[str, Any]:
     """Write the configuration of one run.
 
@@ -70,11 +71,11 @@ def configuration_of(
         method: The method to run.
         lr: Its learning rate, put at ``settings.lr_key``.
         seed: Seed of weights and order.
-        epochs: Epochs of training.
+        length: Epochs or steps of training, as the configuration counts.
     """
     configuration = copy.deepcopy(dict(base))
     configuration["seed_everything"] = seed
-    configuration["trainer"]["max_epochs"] = epochs
+    configuration["trainer"][f"max_{length_of(base['trainer'])[1]}"] = length
     configuration["trainer"]["callbacks"].append(callback_entry(method, settings.options_of(method), settings.vit))
     parent, name = _parent_of(configuration, settings.lr_key)
     parent[name] = lr
@@ -82,7 +83,7 @@ def configuration_of(
 
 
 def fingerprint(base: Mapping[str, Any], settings: Settings, *more: object) -> str:
-    """Hash what decides a result apart from the seed, the learning rate and the number of epochs.
+    """Hash what decides a result apart from the seed, the learning rate and the length of training.
 
     Args:
         base: What :func:`base_configuration` returned.
@@ -91,21 +92,60 @@ def fingerprint(base: Mapping[str, Any], settings: Settings, *more: object) -> s
     """
     rest = copy.deepcopy(dict(base))
     rest.pop("seed_everything", None)
-    rest["trainer"].pop("max_epochs", None)
+    rest["trainer"].pop(f"max_{length_of(rest['trainer'])[1]}")
     parent, name = _parent_of(rest, settings.lr_key)
     del parent[name]
     decides = [rest, settings.lr_key, settings.vit, __version__, torch.__version__, *more]
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def _check_trainer(trainer: Mapping[str, Any]) -> None:
-    epochs = trainer.get("max_epochs")
-    if not isinstance(epochs, int) or epochs < 1:
-        raise ConfigurationError(f"trainer.max_epochs is {epochs}, expected 1 or more: all methods train that long.")
-    if trainer.get("max_steps", -1) != -1:
+def length_of(trainer: Mapping[str, Any]) -> tuple[int, Unit]:
+    """Say how long each run trains.
+
+    Args:
+        trainer: The section of the configuration.
+
+    Raises:
+        ConfigurationError: It has neither ``max_epochs`` nor ``max_steps``, or both.
+
+    Example:
+        >>> length_of({"max_epochs": None, "max_steps": 20000})
+        (20000, 'steps')
+    """
+    epochs, steps = trainer.get("max_epochs"), trainer.get("max_steps", -1)
+    if steps == -1:
+        if not isinstance(epochs, int) or epochs < 1:
+            raise ConfigurationError(
+                f"trainer.max_epochs is {epochs}, expected 1 or more, or trainer.max_steps instead: all methods train "
+                "that long."
+            )
+        return epochs, "epochs"
+    if epochs not in (None, -1):
         raise ConfigurationError(
-            f"trainer.max_steps is {trainer['max_steps']}, expected none; compare counts in trainer.max_epochs."
+            f"trainer.max_epochs is {epochs} and trainer.max_steps is {steps}, expected one of them: all methods train "
+            "that long."
         )
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigurationError(f"trainer.max_steps is {steps}, expected 1 or more: all methods train that long.")
+    return steps, "steps"
+
+
+def configured_lr(configuration: Mapping[str, Any], lr_key: str) -> Any:
+    """Return the learning rate of a configuration.
+
+    Args:
+        configuration: A ``fit`` configuration.
+        lr_key: The key of the learning rate.
+
+    Raises:
+        ConfigurationError: It has no such key.
+    """
+    parent, name = _parent_of(configuration, lr_key)
+    return parent[name]
+
+
+def _check_trainer(trainer: Mapping[str, Any]) -> None:
+    length_of(trainer)
     if trainer.get("fast_dev_run"):
         raise ConfigurationError(
             "trainer.fast_dev_run is set, expected false; for a short comparison set trainer.limit_train_batches."

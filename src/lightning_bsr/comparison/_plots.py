@@ -39,10 +39,10 @@ def plot(rows: Sequence[Row], settings: Settings) -> str:
 def _metric_over_activations(axes: "Axes", rows: Sequence[Row], settings: Settings) -> None:
     for number, row in enumerate(rows):
         kept = row.planned_activations_peak or row.measured_activations
-        if kept is None or row.equal_epochs is None:
+        if kept is None or row.equal_length is None:
             continue
         at, colour = kept / MIB, f"C{number}"
-        _draw_score(axes, at, row.equal_epochs, fmt=_FORMATS[number // 10], color=colour, label=row.method)
+        _draw_score(axes, at, row.equal_length, fmt=_FORMATS[number // 10], color=colour, label=row.method)
         if row.equal_time is not None:
             _draw_score(axes, at, row.equal_time, fmt="^", color=colour, fillstyle="none")
     axes.set(xlabel="activations that backward keeps at most, MiB an image", ylabel=settings.test_metric)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_bsr.comparison._methods import summary_of
-from lightning_bsr.comparison._schedule import Progress, Run
+from lightning_bsr.comparison._schedule import Progress, Run, Unit
 
 
 @dataclass(frozen=True)
@@ -14,12 +14,14 @@ class Score:
     """The test metric over the seeds.
 
     Attributes:
-        epochs: Epochs of each run.
+        length: Epochs or steps of each run.
         values: One a seed that has finished.
+        unit: Whether ``length`` is epochs or steps.
     """
 
-    epochs: int
+    length: int
     values: tuple[float, ...]
+    unit: Unit = "epochs"
 
     @property
     def mean(self) -> float:
@@ -53,7 +55,7 @@ class Row:
         lr: The chosen learning rate.
         lr_at_edge: Whether it is the smallest or largest of several that were tried.
         validation: Validation metric that chose it.
-        equal_epochs: Test metric after the same epochs as every method.
+        equal_length: Test metric after the same epochs or steps as every method.
         equal_time: Test metric after the same time as the first method.
         notes: What the reader must know, such as why runs have failed.
     """
@@ -71,7 +73,7 @@ class Row:
     lr: float | None = None
     lr_at_edge: bool = False
     validation: float | None = None
-    equal_epochs: Score | None = None
+    equal_length: Score | None = None
     equal_time: Score | None = None
     notes: tuple[str, ...] = ()
 
@@ -105,12 +107,13 @@ def _make_row(
 ) -> Row:
     settings = progress.settings
     lr = progress.chosen_lr(method)
-    best = {} if lr is None else progress.results[Run(method, lr, settings.seeds[0], progress.epochs)]
+    best = {} if lr is None else progress.results[progress.run(method, lr, settings.seeds[0])]
     batch_size, activations = best.get("batch_size"), best.get("activations")
     seconds = timings.get(method, {}).get("step_seconds")
     reference = timings.get(settings.methods[0], {}).get("step_seconds")
-    at_edge = lr in (min(settings.lrs), max(settings.lrs)) and len(settings.lrs) > 1
-    timed = progress.timed_epochs.get(method)
+    lrs = settings.lrs_of(method)
+    at_edge = lr in (min(lrs), max(lrs)) and len(lrs) > 1
+    timed = progress.timed_lengths.get(method)
 
     notes = []
     if lr is None and not any(run in progress.failures for run in progress.grid(method)):
@@ -142,14 +145,14 @@ def _make_row(
         lr=lr,
         lr_at_edge=at_edge,
         validation=best["validation"][settings.monitor] if best else None,
-        equal_epochs=_score(progress, method, progress.epochs),
+        equal_length=_score(progress, method, progress.length),
         equal_time=None if timed is None else _score(progress, method, timed),
         notes=tuple(notes),
     )
 
 
-def _score(progress: Progress, method: str, epochs: int) -> Score | None:
-    found = [progress.results[run] for run in progress.repeats(method, epochs) if run in progress.results]
+def _score(progress: Progress, method: str, length: int) -> Score | None:
+    found = [progress.results[run] for run in progress.repeats(method, length) if run in progress.results]
     values = [result.get("test", {}).get(progress.settings.test_metric) for result in found]
     numbers = tuple(value for value in values if value is not None)
-    return Score(epochs, numbers) if numbers else None
+    return Score(length, numbers, progress.unit) if numbers else None

@@ -7,10 +7,23 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning_bsr.comparison._pool import Failure
 from lightning_bsr.comparison._settings import Settings
+
+Unit = Literal["epochs", "steps"]
+"""In what the length of training is counted."""
+
+
+def in_words(length: int, unit: Unit) -> str:
+    """Write a length of training.
+
+    Example:
+        >>> in_words(20, "epochs"), in_words(1, "steps")
+        ('20 epochs', '1 step')
+    """
+    return f"{length} {unit if length != 1 else unit[:-1]}"
 
 
 @dataclass(frozen=True)
@@ -20,10 +33,11 @@ class Run:
     method: str
     lr: float
     seed: int
-    epochs: int
+    length: int
+    unit: Unit = "epochs"
 
     def __str__(self) -> str:
-        return f"{self.method}, lr {self.lr:g}, seed {self.seed}, {self.epochs} epoch{'s' * (self.epochs != 1)}"
+        return f"{self.method}, lr {self.lr:g}, seed {self.seed}, {in_words(self.length, self.unit)}"
 
 
 class Store:
@@ -89,7 +103,7 @@ def run_name(run: Run, fingerprint: str) -> str:
         >>> run_name(Run("head", 1.5e-3, 0, 20), "c0ffee")
         'runs/head-lr0.0015-seed0-epochs20-c0ffee'
     """
-    return f"runs/{run.method}-lr{run.lr!r}-seed{run.seed}-epochs{run.epochs}-{fingerprint}"
+    return f"runs/{run.method}-lr{run.lr!r}-seed{run.seed}-{run.unit}{run.length}-{fingerprint}"
 
 
 def choose_lr(settings: Settings, results: Mapping[float, Mapping[str, Any]]) -> float | None:
@@ -115,22 +129,22 @@ def choose_lr(settings: Settings, results: Mapping[float, Mapping[str, Any]]) ->
     return chosen
 
 
-def epochs_in_equal_time(settings: Settings, epochs: int, seconds: float, reference_seconds: float) -> int:
-    """Count the epochs that a method does in the time that the reference takes for ``epochs``.
+def length_in_equal_time(settings: Settings, length: int, seconds: float, reference_seconds: float) -> int:
+    """Count the epochs or steps that a method does in the time that the reference takes for ``length``.
 
     Args:
         settings: Has the cap.
-        epochs: Epochs of the reference.
+        length: Epochs or steps of the reference.
         seconds: The method's time for an epoch, or a step.
         reference_seconds: The reference's for the same.
 
     Example:
         >>> settings = Settings(methods=("full", "head"), lrs=(1e-3,), seeds=(0,), max_epoch_factor=4)
-        >>> [epochs_in_equal_time(settings, 20, seconds, 3.0) for seconds in (0.1, 1.4, 3.0, 100.0)]
+        >>> [length_in_equal_time(settings, 20, seconds, 3.0) for seconds in (0.1, 1.4, 3.0, 100.0)]
         [80, 42, 20, 1]
     """
-    longest = math.floor(epochs * settings.max_epoch_factor)
-    return max(1, min(longest, math.floor(epochs * reference_seconds / seconds)))
+    longest = math.floor(length * settings.max_epoch_factor)
+    return max(1, min(longest, math.floor(length * reference_seconds / seconds)))
 
 
 @dataclass(frozen=True)
@@ -139,21 +153,27 @@ class Progress:
 
     Attributes:
         settings: What was asked for.
-        epochs: Epochs of each run at equal epochs.
-        timed_epochs: Epochs at equal time, of the methods where they are known.
+        length: Epochs or steps of each run at equal length.
+        timed_lengths: The same at equal time, of the methods where they are known.
         results: What the finished runs gave.
         failures: Why the failed ones did not.
+        unit: Whether the lengths are epochs or steps.
     """
 
     settings: Settings
-    epochs: int
-    timed_epochs: Mapping[str, int]
+    length: int
+    timed_lengths: Mapping[str, int]
     results: Mapping[Run, Mapping[str, Any]]
     failures: Mapping[Run, str]
+    unit: Unit = "epochs"
+
+    def run(self, method: str, lr: float, seed: int, length: int | None = None) -> Run:
+        """Name a run; at equal length unless ``length`` is given."""
+        return Run(method, lr, seed, self.length if length is None else length, self.unit)
 
     def grid(self, method: str) -> list[Run]:
         """Return the runs that choose a method's learning rate."""
-        return [Run(method, lr, self.settings.seeds[0], self.epochs) for lr in self.settings.lrs]
+        return [self.run(method, lr, self.settings.seeds[0]) for lr in self.settings.lrs_of(method)]
 
     def chosen_lr(self, method: str) -> float | None:
         """Return a method's learning rate once all runs of its grid have ended, if any has succeeded."""
@@ -162,25 +182,25 @@ class Progress:
             return None
         return choose_lr(self.settings, {run.lr: self.results[run] for run in grid if run in self.results})
 
-    def repeats(self, method: str, epochs: int) -> list[Run]:
+    def repeats(self, method: str, length: int) -> list[Run]:
         """Return the runs with all seeds at the chosen learning rate; none before it is chosen."""
         lr = self.chosen_lr(method)
-        return [] if lr is None else [Run(method, lr, seed, epochs) for seed in self.settings.seeds]
+        return [] if lr is None else [self.run(method, lr, seed, length) for seed in self.settings.seeds]
 
     def wanted(self) -> list[Run]:
         """Return all runs that can be done by now, those that choose the learning rates first."""
         methods = self.settings.methods
         runs = [run for method in methods for run in self.grid(method)]
-        runs += [run for method in methods for run in self.repeats(method, self.epochs)]
+        runs += [run for method in methods for run in self.repeats(method, self.length)]
         for method in methods:
-            if method in self.timed_epochs:
-                runs += self.repeats(method, self.timed_epochs[method])
+            if method in self.timed_lengths:
+                runs += self.repeats(method, self.timed_lengths[method])
         return list(dict.fromkeys(runs))
 
     def chosen(self, method: str) -> Run | None:
         """Return the run of the grid whose learning rate was chosen."""
         lr = self.chosen_lr(method)
-        return None if lr is None else Run(method, lr, self.settings.seeds[0], self.epochs)
+        return None if lr is None else self.run(method, lr, self.settings.seeds[0])
 
     def untested(self) -> list[Run]:
         """Return the chosen runs that have trained but were not tested yet."""
@@ -191,11 +211,11 @@ class Progress:
         """Count the runs of the whole comparison, as far as can be known by now."""
         count = 0
         for method in self.settings.methods:
-            count += len(self.settings.lrs)
+            count += len(self.settings.lrs_of(method))
             ended = all(run in self.results or run in self.failures for run in self.grid(method))
             if ended and self.chosen_lr(method) is None:
                 continue  # there is no learning rate to go on with
             count += len(self.settings.seeds) - 1
-            if self.timed_epochs.get(method, self.epochs) != self.epochs:
+            if self.timed_lengths.get(method, self.length) != self.length:
                 count += len(self.settings.seeds)
         return count

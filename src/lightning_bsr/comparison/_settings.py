@@ -24,7 +24,7 @@ class Settings:
     """
 
     methods: tuple[str, ...]
-    lrs: tuple[float, ...]
+    lrs: tuple[float, ...] | Mapping[str, tuple[float, ...]]
     seeds: tuple[int, ...]
     output: Path = Path("runs/compare")
     lr_key: str = "model.init_args.lr"
@@ -41,7 +41,6 @@ class Settings:
     def __post_init__(self) -> None:
         known = method_names()
         _check_list("methods", self.methods, f"one or more of {', '.join(known)}")
-        _check_list("lrs", self.lrs, "one or more learning rates, such as 5e-4,1.5e-3")
         _check_list("seeds", self.seeds, "one or more whole numbers, such as 0,1,2")
         for name in (*self.methods, *self.method_options):
             if name not in known:
@@ -51,12 +50,24 @@ class Settings:
                 raise ConfigurationError(
                     f"method_options has {name!r}, which is not compared; the methods are {', '.join(self.methods)}."
                 )
-        _check("lrs", list(self.lrs), all(lr > 0 and math.isfinite(lr) for lr in self.lrs), "numbers above 0")
+        self._check_lrs()
         _check("seeds", list(self.seeds), all(seed >= 0 for seed in self.seeds), "whole numbers of 0 or more")
         _check("mode", self.mode, self.mode in ("max", "min"), "'max' or 'min'")
         _check("max_epoch_factor", self.max_epoch_factor, self.max_epoch_factor >= 1, "1 or more")
         _check("jobs", self.jobs, self.jobs >= 1, "1 or more")
         _check("timing_steps", self.timing_steps, self.timing_steps >= 1, "1 or more")
+
+    def _check_lrs(self) -> None:
+        if isinstance(self.lrs, Mapping):
+            _check("lrs", list(self.lrs), {*self.lrs} == {*self.methods}, f"those of {', '.join(self.methods)}")
+        for method in self.methods:
+            lrs, name = self.lrs_of(method), f"lrs.{method}" if isinstance(self.lrs, Mapping) else "lrs"
+            _check_list(name, lrs, "one or more learning rates, such as 5e-4,1.5e-3")
+            _check(name, list(lrs), all(lr > 0 and math.isfinite(lr) for lr in lrs), "numbers above 0")
+
+    def lrs_of(self, method: str) -> tuple[float, ...]:
+        """Return the learning rates that a method chooses from."""
+        return self.lrs[method] if isinstance(self.lrs, Mapping) else self.lrs
 
     def better(self, a: float, b: float) -> bool:
         """Whether the metric's value ``a`` is better than ``b``."""

@@ -14,7 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from lightning_bsr.comparison._rows import Row
-from lightning_bsr.comparison._schedule import Progress, write_atomically
+from lightning_bsr.comparison._schedule import Progress, in_words, write_atomically
 from lightning_bsr.memory import MIB
 
 _ANY_WIDTH = 10_000
@@ -27,7 +27,7 @@ _COSTS = {
     "step, ms": "step\nms",
     "step, ratio": "step\nratio",
 }
-_RESULTS = {"lr": "lr", "equal epochs": "at equal epochs", "equal time": "at equal time"}
+_RESULTS = {"lr": "lr", "equal length": "at equal length", "equal time": "at equal time"}
 _SHORT_HEADINGS = {"method": "method"} | _COSTS | _RESULTS
 
 
@@ -44,8 +44,10 @@ def _cells(row: Row) -> dict[str, str]:
         "step, ms": _format(row.step_seconds, ".1f", 1e-3),
         "step, ratio": _format(row.step_ratio, ".2f"),
         "lr": _format(row.lr, "g") + (" (edge)" if row.lr_at_edge else ""),
-        "equal epochs": "-" if row.equal_epochs is None else str(row.equal_epochs),
-        "equal time": "-" if row.equal_time is None else f"{row.equal_time} ({row.equal_time.epochs} ep.)",
+        "equal length": "-" if row.equal_length is None else str(row.equal_length),
+        "equal time": "-"
+        if row.equal_time is None
+        else f"{row.equal_time} ({in_words(row.equal_time.length, row.equal_time.unit)})",
         "notes": "; ".join(row.notes),
     }
 
@@ -56,11 +58,14 @@ def _format(value: float | None, spec: str, unit: float = 1) -> str:
 
 def _title(progress: Progress) -> str:
     settings = progress.settings
-    lrs = ", ".join(f"{lr:g}" for lr in settings.lrs)
+    rates = {method: ", ".join(f"{lr:g}" for lr in settings.lrs_of(method)) for method in settings.methods}
+    lrs = ", or ".join(dict.fromkeys(rates.values()))
+    chosen = any(len(settings.lrs_of(method)) > 1 for method in settings.methods)
     return (
         f"{settings.test_metric} over seeds {', '.join(map(str, settings.seeds))}, mean ± sample deviation; "
-        f"{progress.epochs} epoch{'s' * (progress.epochs != 1)}; learning rate of {lrs} "
-        f"chosen by {settings.monitor} ({settings.mode}) with seed {settings.seeds[0]}"
+        f"{in_words(progress.length, progress.unit)}; learning rate of {lrs}"
+        + f" chosen by {settings.monitor} ({settings.mode}) with seed {settings.seeds[0]}"
+        * chosen
     )
 
 
@@ -79,7 +84,7 @@ def to_markdown(rows: Sequence[Row], progress: Progress) -> str:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """Write the rows as numbers in base units, with scores as mean, deviation, epochs and number of seeds.
+    """Write the rows as numbers in base units, with scores as mean, deviation, length and number of seeds.
 
     Args:
         rows: The rows.
@@ -87,11 +92,11 @@ def to_csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
     flat = []
     for row in rows:
-        values = {key: value for key, value in asdict(row).items() if key not in ("equal_epochs", "equal_time")}
-        for name, score in (("equal_epochs", row.equal_epochs), ("equal_time", row.equal_time)):
+        values = {key: value for key, value in asdict(row).items() if key not in ("equal_length", "equal_time")}
+        for name, score in (("equal_length", row.equal_length), ("equal_time", row.equal_time)):
             values[f"{name}_mean"] = None if score is None else score.mean
             values[f"{name}_deviation"] = None if score is None else score.deviation
-            values[f"{name}_epochs"] = None if score is None else score.epochs
+            values[f"{name}_length"] = None if score is None else score.length
             values[f"{name}_seeds"] = 0 if score is None else len(score.values)
         flat.append(values | {"notes": "; ".join(row.notes)})
     writer = csv.DictWriter(text, list(flat[0]), lineterminator="\n")
@@ -109,13 +114,17 @@ def to_json(rows: Sequence[Row], progress: Progress) -> str:
     """
 
     def plain(row: Row) -> dict[str, Any]:
-        scores = {"equal_epochs": row.equal_epochs, "equal_time": row.equal_time}
+        scores = {"equal_length": row.equal_length, "equal_time": row.equal_time}
         return asdict(row) | {
             name: None if score is None else asdict(score) | {"mean": score.mean, "deviation": score.deviation}
             for name, score in scores.items()
         }
 
-    settings = asdict(progress.settings) | {"output": str(progress.settings.output), "epochs": progress.epochs}
+    settings = asdict(progress.settings) | {
+        "output": str(progress.settings.output),
+        "length": progress.length,
+        "unit": progress.unit,
+    }
     return json.dumps({"settings": settings, "rows": [plain(row) for row in rows]}, indent=1, ensure_ascii=False) + "\n"
 
 

@@ -32,7 +32,7 @@ def time_steps(build: Build, configuration: dict[str, Any], steps: int) -> dict[
     Returns:
         ``seconds``: of each step; ``steps_per_epoch``, if the data have a length.
     """
-    configuration["trainer"] |= {"max_epochs": _NEVER_REACHED, "limit_val_batches": 0}
+    configuration["trainer"] |= {"max_epochs": _NEVER_REACHED, "max_steps": -1, "limit_val_batches": 0}
     cli = build(args=configuration)
     clock = _Clock(steps)
     # What stops early looks for metrics of the validation, which is left out here.

@@ -2,12 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from lightning.fabric.utilities import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,10 +19,28 @@ from lightning_bsr.data.sampler import EpochSampler
 _MAX_DEFAULT_WORKERS = 8
 
 
+class Pictures(Protocol):
+    """Pictures with their class indices and the classes' names, not yet transformed."""
+
+    @property
+    def targets(self) -> Sequence[int]:
+        """The class index of each picture."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The classes' names, in the order of their indices."""
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+
+    def __len__(self) -> int: ...
+
+
 class TransformedSubset(Dataset[tuple[Tensor, int]]):
     """Some samples of a dataset, each image passed through ``transform`` and paired with its class index."""
 
-    def __init__(self, dataset: Dataset[Any], indices: Sequence[int], transform: Callable[[Any], Tensor]) -> None:
+    def __init__(
+        self, dataset: Pictures | Dataset[Any], indices: Sequence[int], transform: Callable[[Any], Tensor]
+    ) -> None:
         self.dataset = dataset
         self.indices = list(indices)
         self.transform = transform
@@ -120,16 +139,19 @@ class ClassificationData(LightningDataModule, ABC):
         return self.datasets[name]
 
     def _loader_options(self) -> dict[str, Any]:
-        workers = self.num_workers
-        if workers is None:
-            processes = self.trainer.num_devices if self.trainer else 1
-            workers = min(_MAX_DEFAULT_WORKERS, suggested_max_num_workers(processes))
+        workers = self._count_workers()
         return {
             "batch_size": self.batch_size,
             "num_workers": workers,
             "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }
+
+    def _count_workers(self) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        processes = self.trainer.num_devices if self.trainer else 1
+        return min(_MAX_DEFAULT_WORKERS, suggested_max_num_workers(processes))
 
 
 def split_by_class(targets: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:

@@ -6,10 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
+from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lightning_bsr._errors import ConfigurationError
+from lightning_bsr.data._cache import PictureCache
 
 _NAMED_AT_MOST = 5
 
@@ -31,27 +33,59 @@ def load_rgb(path: str | Path) -> Image.Image:
         ) from error
 
 
-class PictureFolder(ImageFolder):  # type: ignore[misc]
-    """torchvision's ImageFolder with problems told as ConfigurationError, and hidden folders left out.
+class PictureFiles(Dataset[tuple[Image.Image, int]]):
+    """Picture files and their class indices; each is decoded when it is asked for, or comes from a cache.
+
+    Args:
+        samples: Path and class index of each picture.
+        classes: The classes' names.
+
+    Attributes:
+        cache: Keeps decoded pictures, if there is one.
+    """
+
+    def __init__(self, samples: Sequence[tuple[str, int]], classes: Sequence[str]) -> None:
+        self.samples = list(samples)
+        self.classes = list(classes)
+        self.targets = [label for _, label in self.samples]
+        self.cache: PictureCache | None = None
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        image = None if self.cache is None else self.cache.get(index)
+        if image is None:
+            image = load_rgb(path)
+            if self.cache is not None:
+                self.cache.put(index, image)
+        return image, label
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def read_folder(folder: Path) -> PictureFiles:
+    """List the pictures in a folder of class folders.
 
     Raises:
         ConfigurationError: The folder or a class folder in it cannot be read, or a class has no image.
     """
+    for name in list_classes(folder):
+        _list_folder(folder / name)
+    found = _VisibleFolder(str(folder), allow_empty=True)
+    labels = set(found.targets)
+    empty = [name for name, index in found.class_to_idx.items() if index not in labels]
+    if empty:
+        raise ConfigurationError(
+            f"{folder} has no image for {len(empty)} of its {len(found.classes)} classes: {shorten(empty)}"
+            f"; expected files that end in {', '.join(IMG_EXTENSIONS)}."
+        )
+    return PictureFiles(found.samples, found.classes)
 
-    def __init__(self, folder: Path) -> None:
-        for name in list_classes(folder):
-            _list_folder(folder / name)
-        super().__init__(str(folder), loader=load_rgb, allow_empty=True)
-        found = set(self.targets)
-        empty = [name for name, index in self.class_to_idx.items() if index not in found]
-        if empty:
-            raise ConfigurationError(
-                f"{folder} has no image for {len(empty)} of its {len(self.classes)} classes: {shorten(empty)}"
-                f"; expected files that end in {', '.join(IMG_EXTENSIONS)}."
-            )
+
+class _VisibleFolder(ImageFolder):  # type: ignore[misc]
+    """torchvision's ImageFolder with hidden folders left out."""
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        """The classes' names and their indices."""
         classes = list_classes(Path(directory))
         return classes, {name: index for index, name in enumerate(classes)}
 

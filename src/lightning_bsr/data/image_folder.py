@@ -11,16 +11,19 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.data._base import ClassificationData, TransformedSubset, split_by_class
+from lightning_bsr.data._base import ClassificationData, Pictures, TransformedSubset, split_by_class
+from lightning_bsr.data._cache import PictureCache
 from lightning_bsr.data._checks import are_numbers
 from lightning_bsr.data._pictures import (
-    PictureFolder,
+    PictureFiles,
     list_classes,
+    read_folder,
     require_decodable,
     require_folder,
     require_same_classes,
     shorten,
 )
+from lightning_bsr.memory import parse_bytes
 
 _LAYOUT = "a folder with train/<class>/<images> in it"
 
@@ -58,6 +61,8 @@ class ImageFolderDataModule(ClassificationData):
             default suits photographs; small pictures need more of themselves, such as ``(0.5, 1.0)``.
         hflip: Mirror half of the training images, left to right.
         check_files: Decode every file once before training, to find corrupt and truncated ones.
+        cache: Memory for decoded training and validation pictures, such as ``"8GiB"``: as many of them as fit, at
+            their own size, are decoded once. Loading processes share it. None decodes each picture each time.
 
     Raises:
         ConfigurationError: From the constructor when an argument is out of range; from ``prepare_data`` and
@@ -94,6 +99,7 @@ class ImageFolderDataModule(ClassificationData):
         scale: tuple[float, float] = (0.05, 1.0),
         hflip: bool = True,
         check_files: bool = True,
+        cache: int | str | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -112,8 +118,9 @@ class ImageFolderDataModule(ClassificationData):
         self.scale = tuple(scale)
         self.hflip = hflip
         self.check_files = check_files
+        self.cache = None if cache is None else parse_bytes(cache, "cache")
         self._files_checked = False
-        self._folders: dict[str, PictureFolder] = {}
+        self._parts: dict[str, Pictures] = {}
 
     @property
     def class_names(self) -> list[str]:
@@ -127,10 +134,10 @@ class ImageFolderDataModule(ClassificationData):
         Raises:
             ConfigurationError: They cannot be used; names what is wrong.
         """
-        self._scan()
+        self._scan(prepare=True)
         if self.check_files and not self._files_checked:
-            paths = [path for folder in self._folders.values() for path, _ in folder.samples]
-            require_decodable(paths, self.root)
+            files = [part for part in self._parts.values() if isinstance(part, PictureFiles)]
+            require_decodable([path for part in files for path, _ in part.samples], self.root)
             self._files_checked = True
 
     def setup(self, stage: str | None = None) -> None:
@@ -142,14 +149,15 @@ class ImageFolderDataModule(ClassificationData):
         if self.datasets:
             return
         self._scan()
-        train, test = self._folders["train"], self._folders.get("test")
-        if "val" in self._folders:
-            val = self._folders["val"]
+        train, test = self._parts["train"], self._parts.get("test")
+        if "val" in self._parts:
+            val = self._parts["val"]
             train_indices: Sequence[int] = range(len(train))
             val_indices: Sequence[int] = range(len(val))
         else:
             val = train
             train_indices, val_indices = split_by_class(train.targets, self.val_fraction, self.seed)
+        self._make_cache()
 
         evaluation = self._evaluation_transform()
         self.datasets = {
@@ -166,19 +174,29 @@ class ImageFolderDataModule(ClassificationData):
         Raises:
             ConfigurationError: There is no ``root/test``.
         """
-        require_folder(self.root / "test", "the test images in one folder per class")
+        self._require_test()
         return super().test_dataloader()
+
+    def _require_test(self) -> None:
+        require_folder(self.root / "test", "the test images in one folder per class")
 
     def _require_train(self) -> None:
         require_folder(self.root, _LAYOUT)
         require_folder(self.root / "train", "the training images in one folder per class")
 
-    def _scan(self) -> None:
-        if self._folders:
-            return
+    def _scan(self, *, prepare: bool = False) -> None:
+        if not self._parts:
+            self._parts = self._open_parts(prepare=prepare)
+
+    def _open_parts(self, *, prepare: bool) -> dict[str, Pictures]:
+        """Find the pictures of ``train`` and, where they are, ``val`` and ``test``.
+
+        Args:
+            prepare: Whether this is ``prepare_data``, which one process of a machine does for all.
+        """
         self._require_train()
         folders = {
-            name: PictureFolder(self.root / name)
+            name: read_folder(self.root / name)
             for name in ("train", "val", "test")
             if name == "train" or (self.root / name).exists()
         }
@@ -193,7 +211,16 @@ class ImageFolderDataModule(ClassificationData):
                     f"{self.root / 'train'} has a single image for {shorten(lonely)}, expected at least 2 a "
                     f"class, one to train and one to validate; or add {self.root / 'val'}."
                 )
-        self._folders = folders
+        return dict(folders)
+
+    def _make_cache(self) -> None:
+        left = self.cache
+        for name in ("train", "val"):
+            part = self._parts.get(name)
+            if left and isinstance(part, PictureFiles):
+                paths = [path for path, _ in part.samples]
+                part.cache = PictureCache(paths, left, shared=self._count_workers() > 0)
+                left -= part.cache.nbytes
 
     def _train_transform(self) -> Callable[[Any], Tensor]:
         flip = [v2.RandomHorizontalFlip()] if self.hflip else []

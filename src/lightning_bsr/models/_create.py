@@ -69,6 +69,31 @@ def create_model(
         ) from error
 
 
+def zero_head_(model: nn.Module) -> None:
+    """Set the head of a timm model to zeros, so that it first gives every class the same probability.
+
+    Args:
+        model: A timm model.
+
+    Raises:
+        ConfigurationError: Its head is not one linear layer.
+
+    Example:
+        >>> model = timm.create_model("test_vit", num_classes=10)
+        >>> zero_head_(model)
+        >>> int(model.head.weight.count_nonzero())
+        0
+    """
+    head = model.get_classifier()  # type: ignore[operator]  # every timm model has it
+    if not isinstance(head, nn.Linear):
+        raise ConfigurationError(
+            f"zero_head is True, expected a head that is one linear layer; that of {type(model).__name__} is "
+            f"{type(head).__name__}."
+        )
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+
+
 def _check_name(model_name: str) -> None:
     if ":" in model_name:  # timm's "hf-hub:owner/name" and "local-dir:path" are not in its registry
         return

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
-from lightning_bsr.models._create import create_model
+from lightning_bsr.models._create import create_model, zero_head_
 from lightning_bsr.models._optimization import Optimization, check
 
 Batch = tuple[Tensor, Tensor]
@@ -50,6 +50,7 @@ class ViTClassifier(LightningModule):
         warmup_steps: Warm-up in optimizer steps.
         warmup_epochs: Warm-up in epochs; give this or ``warmup_steps``.
         label_smoothing: Share of the training target spread over all classes; the validation loss has none.
+        zero_head: Start with a head of zeros, also where the weights would bring one.
 
     Raises:
         ConfigurationError: An argument is out of range, the model or its weights cannot be had; or, when a
@@ -78,6 +79,7 @@ class ViTClassifier(LightningModule):
         warmup_steps: int = 0,
         warmup_epochs: float = 0.0,
         label_smoothing: float = 0.0,
+        zero_head: bool = False,
     ) -> None:
         super().__init__()
         # A Path among the hyperparameters would not load with weights_only.
@@ -97,6 +99,8 @@ class ViTClassifier(LightningModule):
             checkpoint_path=None if checkpoint_path is None else Path(checkpoint_path),
             model_kwargs=dict(model_kwargs or {}),
         )
+        if zero_head:
+            zero_head_(self.model)
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
