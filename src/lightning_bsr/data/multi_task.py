@@ -89,7 +89,7 @@ class TaskRounds(CombinedLoader):
 def _endless(loader: Any) -> Iterator[Any]:
     while True:
         yield from loader
-        sampler = getattr(loader, "sampler", None)
+        sampler: Any = getattr(loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             # Another order; Lightning sets the epoch anew before the next one.
             sampler.set_epoch(sampler.epoch + _FAR)

@@ -88,9 +88,7 @@ def experts_in(
                 [30.]])
     """
     if has_torch_function((x, weight)):
-        return handle_torch_function(  # type: ignore[no-any-return]  # what this function returns
-            experts_in, (x, weight), x, weight, bias, dispatch, recipe=recipe
-        )
+        return handle_torch_function(experts_in, (x, weight), x, weight, bias, dispatch, recipe=recipe)
     out: torch.Tensor = _ExpertsIn.apply(x, weight, bias, dispatch, recipe)
     return out
 
@@ -124,9 +122,7 @@ def experts_out(
         tensor([[11.]])
     """
     if has_torch_function((h, gates, weight)):
-        return handle_torch_function(  # type: ignore[no-any-return]  # what this function returns
-            experts_out, (h, gates, weight), h, gates, weight, bias, dispatch, recipe=recipe
-        )
+        return handle_torch_function(experts_out, (h, gates, weight), h, gates, weight, bias, dispatch, recipe=recipe)
     out: torch.Tensor = _ExpertsOut.apply(h, gates, weight, bias, dispatch, recipe)
     return out
 
@@ -144,7 +140,9 @@ class _ExpertsIn(torch.autograd.Function):
         ctx.call = _Call.of(x, weight, recipe)
         ctx.save_for_backward(weight, *dispatch, *ctx.call.keep(x, recipe, needed=any(ctx.needs_input_grad[1:3])))
         x = x.flatten(0, -2).to(ctx.call.dtype)
-        return kernels.experts_in(x, dispatch.rows, weight, bias, dispatch.ends)
+        return kernels.experts_in(  # type: ignore[no-any-return]  # an operator
+            x, dispatch.rows, weight, bias, dispatch.ends
+        )
 
     @staticmethod
     @once_differentiable
@@ -177,7 +175,9 @@ class _ExpertsOut(torch.autograd.Function):
         ctx.call = _Call.of(h, weight, recipe)
         kept = ctx.call.keep(h, recipe, needed=any(ctx.needs_input_grad[1:4]))
         ctx.save_for_backward(weight, bias, gates, *dispatch, *kept)
-        return kernels.experts_out(h.to(ctx.call.dtype), gates, dispatch.inverse, weight, bias, dispatch.ends)
+        return kernels.experts_out(  # type: ignore[no-any-return]  # an operator
+            h.to(ctx.call.dtype), gates, dispatch.inverse, weight, bias, dispatch.ends
+        )
 
     @staticmethod
     @once_differentiable

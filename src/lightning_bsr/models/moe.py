@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import Mlp
+from timm.layers import Mlp  # type: ignore[attr-defined]  # timm exports it without saying so
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -23,10 +23,10 @@ class ExpertLinear(nn.Module):
         bias: ``[E, out]``, or ``None``.
     """
 
-    def __init__(self, linear: nn.Linear, num_experts: int) -> None:
+    def __init__(self, linear: nn.Module, num_experts: int) -> None:
         super().__init__()
-        self.weight = _copies(linear.weight, num_experts)
-        self.bias = None if linear.bias is None else _copies(linear.bias, num_experts)
+        self.weight = _copies(linear.get_parameter("weight"), num_experts)
+        self.bias = None if linear.bias is None else _copies(linear.get_parameter("bias"), num_experts)
 
     @override
     def extra_repr(self) -> str:
@@ -138,7 +138,8 @@ class MoEMlp(nn.Module):
         h = experts_in(x, self.fc1.weight, self.fc1.bias, dispatch)
         h = self.drop1(self.act(h))
         out = experts_out(h, gates, self.fc2.weight, self.fc2.bias, dispatch)
-        return self.drop2(out).view(x.shape)
+        out = self.drop2(out)
+        return out.view(x.shape)
 
     def select_task(self, task: str | int) -> None:
         """Use the gate of a task from now on, by its name or position.
