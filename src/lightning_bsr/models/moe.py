@@ -137,8 +137,7 @@ class MoEMlp(nn.Module):
 
         h = experts_in(x, self.fc1.weight, self.fc1.bias, dispatch)
         h = self.drop1(self.act(h))
-        out = experts_out(h, gates, self.fc2.weight, self.fc2.bias, dispatch)
-        out = self.drop2(out)
+        out: torch.Tensor = self.drop2(experts_out(h, gates, self.fc2.weight, self.fc2.bias, dispatch))
         return out.view(x.shape)
 
     def select_task(self, task: str | int) -> None:
