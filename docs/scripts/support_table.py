@@ -34,6 +34,7 @@ OTHERS = (
 )  # fmt: skip
 # What is tried to make a model small, in this order; not every constructor takes everything.
 NARROW = ({"embed_dim": 64, "num_heads": 2}, {"embed_dim": 128, "num_heads": 2}, {"embed_dim": 256, "num_heads": 4}, {})
+SAPIENS = {"embed_dim": 64, "num_heads": 4, "num_kv_heads": 2}
 GEMMA = {"embed_dim": 64, "num_heads": 2, "head_dim": 32, "intermediate_size": 128}
 SIZES = (112, 96, 128, None)
 KEEP_RATE = 0.5
@@ -51,7 +52,7 @@ class Result:
 
 def build(name: str, **arguments: object) -> tuple[nn.Module, int]:
     """Build a model with two blocks, as narrow as its constructor lets it be, and say for which size of images."""
-    narrow = (GEMMA, *NARROW) if name.startswith("gemma") else NARROW
+    narrow = (GEMMA, *NARROW) if name.startswith("gemma") else (SAPIENS, *NARROW) if "sapiens" in name else NARROW
     errors = []
     # Never as wide and as deep as it is: some would take all memory.
     for depth, widths in (({"depth": 2}, narrow), ({}, narrow[:-1])):

@@ -76,7 +76,7 @@ def test_fit__attention_by_products(make_trainer, images, infos):
     trainer = make_trainer(lean, *levers, Spy(), precision="bf16-mixed", fast_dev_run=True)
     module = PlainModule()
     trainer.fit(module, images)
-    assert seen == ["TokenDropForward", "LeanForward", "AttentionByProductsForward"]
+    assert seen == ["PositionsForward", "TokenDropForward", "LeanForward", "AttentionByProductsForward"]
     assert all("forward" not in vars(block) for block in module.model.blocks)
     assert any("have attention's gradients by matrix products" in message for message in infos)
 

@@ -382,7 +382,7 @@ def test_configuration__is_json(path):
     trained(path, drop=True, configuration={"path": path})
     with safe_open(path, "pt") as file:
         configuration = json.loads(file.metadata()["configuration"])
-    options = {"detach": False, "normalize": False, "score": "cls", "vit": "model.blocks"}
+    options = {"detach": False, "normalize": False, "score": "cls", "restore": False, "vit": "model.blocks"}
     assert configuration == {
         "path": str(path),
         "rounded": [],

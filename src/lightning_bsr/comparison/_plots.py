@@ -48,7 +48,8 @@ def _metric_over_activations(axes: "Axes", rows: Sequence[Row], settings: Settin
     axes.set(xlabel="activations that backward keeps at most, MiB an image", ylabel=settings.test_metric)
     if settings.equal_time:
         axes.plot([], [], "^", color="grey", fillstyle="none", label="at equal time")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _draw_score(axes: "Axes", at: float, score: Score, **style: Any) -> None:

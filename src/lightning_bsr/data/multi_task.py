@@ -32,8 +32,8 @@ class TaskRounds(CombinedLoader):
         joint: Whether the batches of a round come as one, or one after another.
 
     Example:
-        >>> loaders = {"large": DataLoader(range(8)), "small": DataLoader(range(2))}
-        >>> rounds = TaskRounds({task: [{task: i} for i in loader.dataset] for task, loader in loaders.items()}, 0.5)
+        >>> data = {task: [{task: number} for number in range(count)] for task, count in (("large", 8), ("small", 2))}
+        >>> rounds = TaskRounds({task: DataLoader(each, batch_size=None) for task, each in data.items()}, alpha=0.5)
         >>> [batch for batch, _, _ in rounds][:4]
         [{'large': 0}, {'large': 1}, {'small': 0}, {'large': 2}]
         >>> len(rounds)  # 8, and (2 / 8) ** 0.5 of them

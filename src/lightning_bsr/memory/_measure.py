@@ -150,6 +150,8 @@ def plan(
         try:
             report: MemoryReport = torch.func.functional_call(call, weights, fakes)
         except DataDependentOutputException as error:
+            if forward is not None:  # whose it is knows better what to say
+                raise
             raise ConfigurationError(
                 f"{type(module).__name__} looks at values of tensors in its forward pass, and a plan has tensors "
                 "without values; use lightning_bsr.memory.measure."
