@@ -1,8 +1,10 @@
 """A run that is killed again and again, at any moment, ends with the weights of one that never was."""
 
 import multiprocessing
+import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -36,8 +38,10 @@ def receive(connection):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # a busy machine has much to do for each of the processes
-def test_killed_at_random_moments__ends_as_if_it_never_was(tmp_path):
+def test_killed_at_random_moments__ends_as_if_it_never_was(tmp_path, monkeypatch):
     processes = multiprocessing.get_context("forkserver")
+    # The server of Python 3.11 does not look where its parent does, and says nothing if it finds nothing to import.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     processes.set_forkserver_preload(["killed_runs"])
     chance = random.Random(0)
     moments = [(("file", "wall")[number % 2], chance.randint(1, 30), chance.random()) for number in range(KILLS)]

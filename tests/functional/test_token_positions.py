@@ -170,9 +170,17 @@ def test_install_token_drop__pool_of_neighbours():
         install_token_drop(model, [0], RATE)
     assert str(error.value) == (
         "The ViT (Qwen3VitEncoder) has global_pool='merge', which joins neighbouring patches and needs all of them; "
-        "drop no tokens, or build it without that."
+        "give restore=True, which puts dropped tokens back to their places, or build it without that."
     )
     assert "forward" not in vars(model.blocks[0])
+    images = torch.randn(2, 3, 32, 32)
+    expected = model(images)
+    handle = install_token_drop(model, [0], RATE, restore=True)
+    restored = model(images)
+    assert restored.shape == expected.shape
+    assert not torch.equal(restored, expected)
+    handle.remove()
+    assert torch.equal(model(images), expected)
 
 
 def test_install_token_drop__naflex_with_images_drops_as_ever(images):

@@ -102,7 +102,7 @@ def check_outputs(view: ViTView) -> None:
     if pool in _POOLS_OF_MAPS:
         raise ConfigurationError(
             f"The {view.name} has global_pool={pool!r}, which joins neighbouring patches and needs all of them; "
-            "drop no tokens, or build it without that."
+            "give restore=True, which puts dropped tokens back to their places, or build it without that."
         )
 
 
