@@ -42,7 +42,7 @@ from plain_bsr import plain_bsr
 CLASSES = 10
 BLOCKS = [3, 7, 11]
 YARDSTICK = "BSR 3,7,11 / 3,6,9 @ 0.5, plain module"
-UNCACHED, CACHED = "BSR 3,7,11 / 2,5,8 @ 0.5, lightning-bsr", "- 2,5,8, cached prefix"
+UNCACHED, CACHED = "BSR 3,7,11 / 2,5,8 @ 0.5, lightning-bsr", "+ 2,5,8, cached prefix"
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16}
 
 
@@ -91,14 +91,14 @@ ROWS: dict[str, Callable[[str], nn.Module]] = {
     "blocks 3,7,11, no drop": _bsr(drop=()),
     YARDSTICK: lambda name: plain_bsr(name, CLASSES, BLOCKS, [3, 6, 9], 0.5).train(),
     "BSR 3,7,11 / 3,6,9 @ 0.5, lightning-bsr": _bsr(),
-    "- exact": _bsr(lean="exact"),
-    "- exact, skip_unread": _bsr(lean="exact", skip_unread=True),
-    "- exact, skip_unread, attention_by_products": _bsr(lean="exact", skip_unread=True, products=True),
-    "- recompute": _bsr(lean="recompute"),
-    "- int8 activations": _bsr(lean="int8"),
-    "- int8 frozen weights": _bsr(quantize=True),
+    "+ exact": _bsr(lean="exact"),
+    "+ exact, skip_unread": _bsr(lean="exact", skip_unread=True),
+    "+ exact, skip_unread, attention_by_products": _bsr(lean="exact", skip_unread=True, products=True),
+    "+ recompute": _bsr(lean="recompute"),
+    "+ int8 activations": _bsr(lean="int8"),
+    "+ int8 frozen weights": _bsr(quantize=True),
     UNCACHED: _bsr(drop=(2, 5, 8)),
-    "- 2,5,8, exact, skip_unread": _bsr(drop=(2, 5, 8), lean="exact", skip_unread=True),
+    "+ 2,5,8, exact, skip_unread": _bsr(drop=(2, 5, 8), lean="exact", skip_unread=True),
     CACHED: _bsr(drop=(2, 5, 8), cache=True),
 }
 
