@@ -47,14 +47,17 @@ def cls_scores(
         >>> cls_scores(q, k, 0.5, num_prefix_tokens=1)
         tensor([[0.2000, 0.2000, 0.2000, 0.2000]])
     """
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        row: torch.Tensor = _Logits.apply(q[:, :, :1], k, scale)
+    if torch.compiler.is_compiling():
+        row = ((q[:, :, :1] * scale) @ k.transpose(-2, -1))[:, :, 0]  # the compiler chooses by itself what is kept
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        row = _Logits.apply(q[:, :, :1], k, scale)
     else:
         # A product of matrices may differ in the last bit with the image's place in the batch; what frozen blocks give
         # may be stored, and must not.
         row = (q[:, :, :1] * k).sum(dim=-1) * scale
     attention = _softmax(row.unsqueeze(2), None if mask is None else mask[..., :1, :]).squeeze(2)
-    return attention[:, :, num_prefix_tokens:].mean(dim=1)
+    scores: torch.Tensor = attention[:, :, num_prefix_tokens:].mean(dim=1)
+    return scores
 
 
 def mean_scores(
