@@ -60,7 +60,7 @@ class _TrainLoader(DataLoader[tuple[Tensor, int]]):
     would at once be given the indices of epoch 0, also in a run that resumes later.
     """
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # the loader's own iterator type is narrower
         yield from super().__iter__()
 
 
