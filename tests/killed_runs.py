@@ -41,38 +41,29 @@ class Reports(Checkpoint):
         self.connection.send(f"saved {trainer.global_step}")
 
 
-def train(folder, *, reports=None, ckpt_path=None):
-    """Train; with ``reports`` write checkpoints to ``folder`` too."""
-    module = Small()
-    callbacks = [BlockSelect([1]), TokenDrop([1], 0.5)]
-    if reports is not None:
-        callbacks += [
-            ModelCheckpoint(folder / "whole", "{step}"),
-            DeltaCheckpoint(folder / "delta", "{step}", resumable=True, save_last=True),
-            Reports(reports),
-        ]
-    trainer = Trainer(
-        callbacks=callbacks,
-        max_epochs=EPOCHS,
-        limit_val_batches=0,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=reports is not None,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
-    trainer.fit(module, RandomImages(batches=BATCHES, batch_size=2), ckpt_path=ckpt_path, weights_only=True)
-    return module
-
-
 def run(folder, connection, ckpt_path, file_event):
-    """Train in a process of its own, which kills itself at a file event of ``folder`` if one is given."""
+    """Train and write checkpoints to ``folder``; kill this process at a file event there if one is given."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if file_event is not None:
         _kill_at_file_event(folder, file_event)
-    train(folder, reports=connection, ckpt_path=ckpt_path)
+    trainer = Trainer(
+        callbacks=[
+            BlockSelect([1]),
+            TokenDrop([1], 0.5),
+            ModelCheckpoint(folder / "whole", "{step}"),
+            DeltaCheckpoint(folder / "delta", "{step}", resumable=True, save_last=True),
+            Reports(connection),
+        ],
+        max_epochs=EPOCHS,
+        limit_val_batches=0,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(Small(), RandomImages(batches=BATCHES, batch_size=2), ckpt_path=ckpt_path, weights_only=True)
 
 
 def _kill_at_file_event(folder, number):

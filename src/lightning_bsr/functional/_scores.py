@@ -47,13 +47,11 @@ def cls_scores(
         >>> cls_scores(q, k, 0.5, num_prefix_tokens=1)
         tensor([[0.2000, 0.2000, 0.2000, 0.2000]])
     """
-    if torch.compiler.is_compiling():
-        row = ((q[:, :, :1] * scale) @ k.transpose(-2, -1))[:, :, 0]  # the compiler chooses by itself what is kept
-    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         row = _Logits.apply(q[:, :, :1], k, scale)
     else:
         # A product of matrices may differ in the last bit with the image's place in the batch; what frozen blocks give
-        # may be stored, and must not.
+        # may be stored, and must not. A compiler makes no copy of the keys for this sum, and none of the products.
         row = (q[:, :, :1] * k).sum(dim=-1) * scale
     attention = _softmax(row.unsqueeze(2), None if mask is None else mask[..., :1, :]).squeeze(2)
     scores: torch.Tensor = attention[:, :, num_prefix_tokens:].mean(dim=1)
