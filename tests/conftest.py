@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from lightning.pytorch import Trainer
 from lightning_bsr.memory import ActivationRecorder
 from plain_modules import RandomImages
 
-# Tiny models gain nothing from a second thread, and lose much when something else wants the core.
+# Tiny models gain nothing from a second thread, and lose much when something else wants the core; nor do those in
+# processes that tests start.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -1,31 +1,27 @@
 """Each room of the package imports only the rooms below it, and only some of them know Lightning."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src" / "lightning_bsr"
-MAY_IMPORT = {
-    "vit": {"_errors"},
-    "functional": {"_errors", "_version", "vit"},
-    "memory": {"_errors", "vit", "functional"},
-    "callbacks": {"_errors", "vit", "functional", "memory"},
-    "models": {"_errors", "vit", "functional"},
-    "data": {"_errors", "memory"},
-    "planning": {"_errors", "_cli_configuration", "_version", "vit", "functional", "memory", "callbacks", "methods"},
-    "comparison": {
-        "_errors",
-        "_cli_configuration",
-        "_cli_errors",
-        "_version",
-        "memory",
-        "callbacks",
-        "methods",
-        "planning",
-    },
-}
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "lightning_bsr"
+# What every room may import, and no diagram shows: errors, the version, and how configurations are read.
+EVERYWHERE = {"_errors", "_version", "_cli_configuration", "_cli_errors"}
+ROW = re.compile(r"^\| `(\w+)` \|[^|]*\| *((?:`\w+`(?:, )?)*) *\|$", re.MULTILINE)
 WITHOUT_LIGHTNING = {"vit", "functional", "memory"}
+
+
+def documented() -> dict[str, set[str]]:
+    """The table of docs/architecture.md: what each room imports, in the order of the lines."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    return {room: set(re.findall(r"\w+", imports)) for room, imports in ROW.findall(page)}
+
+
+def files_of(room: str) -> list[Path]:
+    return [*(SOURCE / room).glob("*.py")] or [SOURCE / f"{room}.py"]
 
 
 def imported(file: Path) -> set[str]:
@@ -38,15 +34,19 @@ def imported(file: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
-def test_room__imports_only_what_lies_below(room):
-    for file in (SOURCE / room).glob("*.py"):
-        names = imported(file)
-        ours = {name.split(".")[1] for name in names if name.startswith("lightning_bsr.")}
-        assert ours <= MAY_IMPORT[room] | {room}, file
-        if room in WITHOUT_LIGHTNING:
-            assert not {name for name in names if name.split(".")[0] in ("lightning", "pytorch_lightning")}, file
+@pytest.mark.parametrize("room", documented())
+def test_room__imports_what_the_architecture_page_says(room):
+    names = set().union(*map(imported, files_of(room)))
+    ours = {name.split(".")[1] for name in names if name.startswith("lightning_bsr.")}
+    assert ours - EVERYWHERE - {room} == documented()[room]
+    if room in WITHOUT_LIGHTNING:
+        assert not {name for name in names if name.split(".")[0] in ("lightning", "pytorch_lightning")}
 
 
-def test_rooms__are_all_listed():
-    assert {path.name for path in SOURCE.iterdir() if (path / "__init__.py").exists()} == set(MAY_IMPORT)
+def test_page__lists_every_room_below_what_it_imports():
+    rooms = documented()
+    assert {path.name for path in SOURCE.iterdir() if (path / "__init__.py").exists()} | {"methods"} == set(rooms)
+    above = set()
+    for room, imports in rooms.items():
+        assert imports <= above
+        above.add(room)

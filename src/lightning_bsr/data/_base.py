@@ -120,7 +120,7 @@ class ClassificationData(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """Training batches, shuffled by :class:`~lightning_bsr.data.EpochSampler`."""
         dataset = self._dataset("train")
-        return _TrainLoader(dataset, sampler=EpochSampler(dataset, self.seed), **self._loader_options())  # type: ignore[arg-type]
+        return _TrainLoader(dataset, sampler=EpochSampler(dataset, self.seed), **self._loader_options())  # type: ignore[arg-type]  # any dataset has a length here
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """Validation batches, in a fixed order."""

@@ -82,7 +82,7 @@ def read_folder(folder: Path) -> PictureFiles:
     return PictureFiles(found.samples, found.classes)
 
 
-class _VisibleFolder(ImageFolder):  # type: ignore[misc]
+class _VisibleFolder(ImageFolder):  # type: ignore[misc]  # torchvision has no types
     """torchvision's ImageFolder with hidden folders left out."""
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
