@@ -22,7 +22,7 @@ import lightning_bsr.models  # noqa: F401 - registers the micro ViT with timm
 from documents import put_table
 from step import AUTOCAST, CLASSES, ROWS, YARDSTICK, processor
 
-SHOWN = ["full", YARDSTICK, "BSR 3,7,11 / 3,6,9 @ 0.5, lightning-bsr", "+ exact, skip_unread"]
+SHOWN = ["full", YARDSTICK, "BSR 3,7,11 / 3,6,9 @ 0.5, lightning-bsr", "+ exact, skip_unread, fold_norms"]
 PARTS = {
     "matrix products": ("addmm", "mm", "bmm", "baddbmm", "convolution", "linear"),
     "fused attention": ("scaled_dot_product",),

@@ -51,6 +51,7 @@ def _bsr(
     drop: Sequence[int] = (3, 6, 9),
     lean: LeanPolicy | None = None,
     skip_unread: bool = False,
+    fold_norms: bool = False,
     products: bool = False,
     quantize: bool = False,
     cache: bool = False,
@@ -61,7 +62,7 @@ def _bsr(
         if drop:
             install_token_drop(model, drop, 0.5)
         if lean:
-            install_lean_activations(model, lean)
+            install_lean_activations(model, lean, fold_norms=fold_norms)
         if products:
             install_attention_by_products(model)
         if skip_unread:
@@ -93,12 +94,13 @@ ROWS: dict[str, Callable[[str], nn.Module]] = {
     "BSR 3,7,11 / 3,6,9 @ 0.5, lightning-bsr": _bsr(),
     "+ exact": _bsr(lean="exact"),
     "+ exact, skip_unread": _bsr(lean="exact", skip_unread=True),
+    "+ exact, skip_unread, fold_norms": _bsr(lean="exact", skip_unread=True, fold_norms=True),
     "+ exact, skip_unread, attention_by_products": _bsr(lean="exact", skip_unread=True, products=True),
     "+ recompute": _bsr(lean="recompute"),
     "+ int8 activations": _bsr(lean="int8"),
     "+ int8 frozen weights": _bsr(quantize=True),
     UNCACHED: _bsr(drop=(2, 5, 8)),
-    "+ 2,5,8, exact, skip_unread": _bsr(drop=(2, 5, 8), lean="exact", skip_unread=True),
+    "+ 2,5,8, exact, skip_unread, fold_norms": _bsr(drop=(2, 5, 8), lean="exact", skip_unread=True, fold_norms=True),
     CACHED: _bsr(drop=(2, 5, 8), cache=True),
 }
 

@@ -16,10 +16,10 @@ pytestmark = pytest.mark.usefixtures("short_frontier")
 
 
 class Small(PlainModule):
-    """Four blocks: what may be dropped and trained grows fast with their number."""
+    """Three blocks: what may be dropped and trained grows fast with their number."""
 
     def __init__(self):
-        super().__init__(depth=4)
+        super().__init__(depth=3)
 
 
 class LooksAtValues(Small):
@@ -133,7 +133,7 @@ def test_auto__modules_that_cannot_be_planned(module, message, make_trainer, ima
 
 
 def test_auto__resume_from_a_fixed_choice_and_back(make_trainer, images, tmp_path):
-    trainer = make_trainer(BlockSelect([3]))
+    trainer = make_trainer(BlockSelect([2]))
     trainer.fit(Small(), images)
     trainer.save_checkpoint(tmp_path / "fixed.ckpt")
     with pytest.raises(ConfigurationError, match="The checkpoint was trained with a fixed choice, and now a memory"):
@@ -142,7 +142,7 @@ def test_auto__resume_from_a_fixed_choice_and_back(make_trainer, images, tmp_pat
     trainer.fit(Small(), images)
     trainer.save_checkpoint(tmp_path / "auto.ckpt")
     with pytest.raises(ConfigurationError, match=r"BlockSelect\(blocks='auto', which chose: train "):
-        make_trainer(BlockSelect([3]), max_epochs=2).fit(Small(), images, ckpt_path=tmp_path / "auto.ckpt")
+        make_trainer(BlockSelect([2]), max_epochs=2).fit(Small(), images, ckpt_path=tmp_path / "auto.ckpt")
 
 
 def test_auto__does_not_change_the_random_numbers_of_the_run(make_trainer, images):
@@ -152,7 +152,7 @@ def test_auto__does_not_change_the_random_numbers_of_the_run(make_trainer, image
         def on_train_start(self):
             drawn.append(torch.rand(3))
 
-    for select in (auto(), BlockSelect([3])):
+    for select in (auto(), BlockSelect([2])):
         torch.manual_seed(7)
         module = Draws()
         torch.manual_seed(7)

@@ -84,22 +84,19 @@ def test_compare__rates_of_the_configuration_and_of_each_method_for_steps(here, 
 
 
 @pytest.mark.slow
-def test_compare__interrupted_and_gone_on_with(tmp_path):
+def test_compare__interrupted_and_gone_on_with(here, pools, capsys):
     command = [Path(sys.executable).parent / "lightning-bsr", *SMALL, *MICRO]
 
-    def start():
-        return subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            # A shell's background jobs ignore interrupts, and hand that on to all that they start.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-
-    first = start()
+    first = subprocess.Popen(
+        command,
+        cwd=here,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell's background jobs ignore interrupts, and hand that on to all that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     if not any("[1 of 3]" in line for line in first.stdout):
         raise AssertionError(first.stderr.read())
     workers = psutil.Process(first.pid).children(recursive=True)
@@ -108,17 +105,15 @@ def test_compare__interrupted_and_gone_on_with(tmp_path):
     assert first.returncode == 130
     assert "interrupted; what has finished is kept in out. The same command goes on from there: lightning-bsr" in error
     assert "Traceback" not in error
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").iterdir()}
+    kept = {path: path.stat().st_mtime_ns for path in (here / "out" / "runs").iterdir()}
     assert kept
     assert workers
     assert not psutil.wait_procs(workers, timeout=20)[1]
 
-    second = start()
-    output, error = second.communicate(timeout=200)
-    assert second.returncode == 0, error
-    assert "Timing" not in output
-    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    main(command[1:])
+    assert "Timing" not in capsys.readouterr().out
+    table = json.loads((here / "out" / "table.json").read_text())
     assert len(table["rows"][0]["equal_length"]["values"]) == 2
     untested = [path for path in kept if "test" not in json.loads(path.read_text())]
     assert all(path.stat().st_mtime_ns == kept[path] for path in untested)
-    assert not [*(tmp_path / "out").rglob(".*.json.*")]
+    assert not [*(here / "out").rglob(".*.json.*")]

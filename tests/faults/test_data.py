@@ -45,7 +45,7 @@ def test_killed_worker__ends_the_run_and_the_module_is_as_it_was(root, make_trai
     main, load_rgb = os.getpid(), pictures.load_rgb
 
     def load(path):
-        if os.getpid() != main and path.endswith("dog/3.jpg"):
+        if os.getpid() != main:  # at once: a worker that dies while it hands over a batch ends in other errors of torch
             os.kill(os.getpid(), signal.SIGKILL)
         return load_rgb(path)
 

@@ -65,6 +65,23 @@ def test_gradients__are_equal_bit_for_bit(policy, selected, drop, lower):
 
 
 @pytest.mark.parametrize("policy", ["exact", "recompute"])
+def test_folded_norms__save_the_product_below_the_first_trained_layer(policy):
+    reports, found = [], []
+    for fold_norms in (False, True):
+        model = tiny_vit()
+        select_blocks_(model, {2: ["attn"], 5: "all"})
+        install_lean_activations(model, policy, fold_norms=fold_norms)
+        reports.append(plan(model, X))
+        model.double()(X.double()).square().mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-10, atol=1e-12)
+    # Of queries, keys and values of all tokens; the sum over them takes one row.
+    product = 2 * 4 * 65 * 96 * 32
+    assert reports[0].flops.backward - reports[1].flops.backward == product - 2 * 96 * 32
+
+
+@pytest.mark.parametrize("policy", ["exact", "recompute"])
 def test_gradients__with_dropout_and_drop_path(policy):
     plain = tiny_vit(drop_path_rate=0.3, proj_drop_rate=0.1).train()
     model = copy.deepcopy(plain)

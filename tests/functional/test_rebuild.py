@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_bsr.functional._rebuild import RebuildLinearInputs
 from lightning_bsr.memory import ActivationRecorder
@@ -162,3 +163,54 @@ def test_vectors__are_left_alone():
     out = rebuilding(lambda: F.linear(F.gelu(x), weight))()
     assert type(out.grad_fn).__name__ != "_RebuildingLinearBackward"
     assert torch.equal(torch.autograd.grad(out.sum(), weight)[0], F.gelu(x).detach().expand(5, 4))
+
+
+@pytest.mark.parametrize(
+    "parts", [["norm", "bias", "weight", "shift"], ["norm", "weight"], ["bias", "weight", "shift"]]
+)
+@pytest.mark.parametrize("lower", [None, torch.bfloat16])
+def test_folded_norm__has_its_gradients_without_their_product(parts, lower):
+    x, *rest = tensors(torch.float64 if lower is None else torch.float32, x_grad=False)
+    given = dict(zip(("norm", "bias", "weight", "shift"), rest, strict=True))
+    for name, tensor in given.items():
+        tensor.requires_grad_(name in parts)
+    wanted = [given[name] for name in parts]
+
+    def folding():
+        with RebuildLinearInputs(fold_norms=True):
+            return behind_norm(x, **given)
+
+    with torch.autocast("cpu", lower, enabled=lower is not None):
+        theirs, ours = behind_norm(x, **given), folding()
+    assert torch.equal(ours, theirs)
+    assert ours.dtype == theirs.dtype
+    out_grad = torch.randn_like(ours)
+    with FlopCounterMode(display=False) as plain_operations:
+        expected = torch.autograd.grad(theirs, wanted, out_grad)
+    with FlopCounterMode(display=False) as operations:
+        found = torch.autograd.grad(ours, wanted, out_grad)
+    tolerance = 1e-12 if lower is None else 5e-2
+    for ours_grad, theirs_grad in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours_grad, theirs_grad, rtol=tolerance, atol=tolerance)
+    one_row = 2 * 5 * 4
+    assert operations.get_total_flops() == plain_operations.get_total_flops() - (6 - 1) * one_row
+    assert kept(folding, *rest) == x.nbytes
+
+
+def test_folded_norm__others_are_as_they_were():
+    x, norm, bias, weight, shift = tensors()
+    frozen = [x.detach(), norm, bias, weight.detach(), shift]
+
+    def without_bias(x):
+        return F.linear(F.layer_norm(x, (4,), norm), weight)
+
+    for function, arguments in (
+        (behind_norm, [x, norm, bias, weight, shift]),
+        (behind_norm, frozen),
+        (behind_rms_norm, [x.detach(), norm, bias, weight, shift]),
+        (without_bias, [x.detach()]),
+    ):
+        expected = rebuilding(function)(*arguments).grad_fn
+        with RebuildLinearInputs(fold_norms=True):
+            found = function(*arguments).grad_fn
+        assert type(found) is type(expected)

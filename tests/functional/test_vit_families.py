@@ -125,7 +125,7 @@ def test_gradient_checkpointing_of_transformers__same_gradients(name, reentrant,
     assert len(calls) == 2 * len(made.blocks)
     for key, parameter in made.model.named_parameters():
         if key in plain:
-            torch.testing.assert_close(parameter.grad, plain[key])
+            torch.testing.assert_close(parameter.grad, plain[key], rtol=1e-4, atol=1e-4)  # of gradients of some tens
 
 
 def test_gradient_checkpointing_of_transformers__keeps_only_inputs():

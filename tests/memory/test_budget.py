@@ -34,10 +34,9 @@ def fit(model, budget, **kwargs):
     return fit_budget(model, batches(), budget, forward=loss_of(model), **{"max_drops": 1, **kwargs})
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("share", [0.1, 0.5])
+@pytest.mark.parametrize(("share", "precision"), [(0.1, "32-true"), (0.5, "bf16-mixed")])
 def test_fit_budget__activations_measured_are_within_the_budget(share, precision):
-    model = tiny_vit()
+    model = tiny_vit(depth=4)
     full = measure(model, batches()[0], forward=loss_of(model), precision=precision).activations
     found = fit(model, int(share * full), kind="activations", precision=precision)
     installed = found.choice.install(model)
@@ -64,7 +63,7 @@ def test_fit_budget__whole_step_measured_is_within_the_budget(optimizer):
 
 
 def test_fit_budget__more_memory_is_never_worth_less():
-    model = tiny_vit()
+    model = tiny_vit(depth=4)
     full = plan(model, batches()[0], forward=loss_of(model)).activations
     worths = [fit(model, int(share * full), kind="activations").worth for share in (0.1, 0.3, 1.0)]
     assert worths == sorted(worths)
@@ -72,7 +71,7 @@ def test_fit_budget__more_memory_is_never_worth_less():
 
 
 def test_fit_budget__without_recomputation_and_drops_only_blocks_are_chosen():
-    model = tiny_vit()
+    model = tiny_vit(depth=4)
     full = plan(model, batches()[0], forward=loss_of(model)).activations
     found = fit(model, full // 4, kind="activations", recompute=False, keep_rates=())
     assert not found.choice.drop
@@ -94,7 +93,7 @@ def test_fit_budget__as_many_bytes_as_a_configuration_needs():
 
 
 def test_fit_budget__tokens_dropped_already_stay_dropped():
-    model = tiny_vit()
+    model = tiny_vit(depth=4)
     handle = install_token_drop(model, [1], 0.5)
     found = fit(model, "0.5MiB", kind="activations")
     assert not found.choice.drop
@@ -129,7 +128,7 @@ def test_fit_budget__leaves_the_model_as_it_was():
 
 
 def test_fit_budget__report_and_frontier():
-    model = tiny_vit()
+    model = tiny_vit(depth=4)
     found = fit(model, "0.6MiB", kind="activations")
     console = rich.console.Console(width=160)
     with console.capture() as capture:
@@ -172,7 +171,7 @@ def test_fit_budget__nothing_fits():
     ],
 )
 def test_fit_budget__mistakes(change, message):
-    model = tiny_vit()
+    model = tiny_vit(depth=4)
     arguments = {"batches": batches(), "budget": "1MiB", "forward": loss_of(model)} | change
     with pytest.raises(ConfigurationError, match=message):
         fit_budget(model, arguments.pop("batches"), arguments.pop("budget"), **arguments)
@@ -180,7 +179,7 @@ def test_fit_budget__mistakes(change, message):
 
 def test_fit_budget__whatever_the_budget_what_is_found_fits():
     # Where the single blocks foretell a little too little, the search must go on to smaller ones, not give up.
-    model = tiny_vit()
+    model = tiny_vit(depth=4)
     everything = torch.optim.AdamW(model.parameters())
     worths = []
     for budget in range(600_000, 2_600_000, 500_000):
@@ -198,21 +197,21 @@ def test_fit_budget__one_batch_is_split():
 
 
 def test_fit_budget__loss_that_tells_nothing():
-    model = tiny_vit()
+    model = tiny_vit(depth=4)
     with pytest.raises(ConfigurationError, match="The loss of the training batches is nan, expected a finite number"):
         fit_budget(model, batches(), "1MiB", forward=lambda batch: loss_of(model)(batch) * float("nan"))
     assert not any(block._forward_pre_hooks or "forward" in vars(block) for block in model.blocks)
 
 
 def test_fit_budget__refuses_a_model_with_blocks_selected_already():
-    model = tiny_vit()
+    model = tiny_vit(depth=4)
     select_blocks_(model, [5])
     with pytest.raises(ConfigurationError, match="has its blocks selected already"):
         fit(model, "1MiB")
 
 
 def test_block_costs__add_up_to_the_whole_model():
-    model = tiny_vit()
+    model = tiny_vit(depth=4)
     view = find_vit(model)
     costs = BlockCosts(view, 8, 32, torch.float32, None, {})
     exact, again = {"attn": "exact", "mlp": "exact"}, {"attn": "exact", "mlp": "recompute"}

@@ -44,6 +44,9 @@ class LeanActivations(AttachingCallback):
             :func:`lightning_bsr.functional.install_attention_by_products`.
         skip_unread: Whether the last block's MLP leaves out the patch tokens, which a head on the class token does not
             read; see :func:`lightning_bsr.functional.install_unread_skip`.
+        fold_norms: Whether the first trained norm gets its gradient without a matrix product of its own; gradients of
+            it and of the layer behind it differ by rounding. See
+            :func:`lightning_bsr.functional.install_lean_activations`.
         vit: Dotted path of the ViT, for when the module holds several.
 
     Raises:
@@ -70,6 +73,7 @@ class LeanActivations(AttachingCallback):
         budget_kind: BudgetKind = "total",
         attention_by_products: bool = False,
         skip_unread: bool = False,
+        fold_norms: bool = False,
         vit: str | None = None,
     ) -> None:
         super().__init__()
@@ -88,6 +92,7 @@ class LeanActivations(AttachingCallback):
         self.policy = policy
         self.attention_by_products = attention_by_products
         self.skip_unread = skip_unread
+        self.fold_norms = fold_norms
         self.vit = vit
 
     @override
@@ -112,7 +117,7 @@ class LeanActivations(AttachingCallback):
         handles = self._install_others(pl_module)
         try:
             policy = self.policy if self.memory_budget is None else self._within(trainer, pl_module, self.memory_budget)
-            handles.add(install_lean_activations(pl_module, policy, vit=self.vit))
+            handles.add(install_lean_activations(pl_module, policy, fold_norms=self.fold_norms, vit=self.vit))
         except BaseException:
             handles.remove()
             raise

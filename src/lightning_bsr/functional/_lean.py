@@ -27,10 +27,11 @@ class LeanForward(BlockForward):
 
     rank = 4
 
-    def __init__(self, block: nn.Module, spec: BlockSpec, policies: HalfPolicies) -> None:
+    def __init__(self, block: nn.Module, spec: BlockSpec, policies: HalfPolicies, fold_norms: bool = False) -> None:
         super().__init__(block)
         self.spec = spec
         self.policies = dict(policies)
+        self.fold_norms = fold_norms
         self.effects = tuple(sorted({effect for policy in policies.values() for effect in _EFFECTS[policy]}))
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -49,7 +50,7 @@ class LeanForward(BlockForward):
         if policy is None or not needs_backward(x, self.spec.part_parameters(self.block, half)):
             return inner(x)
         # What it makes of a norm or an activation function it computes again without being told.
-        lean = inner if torch.compiler.is_compiling() else partial(_rebuilding, inner)
+        lean = inner if torch.compiler.is_compiling() else partial(_rebuilding, inner, self.fold_norms)
         if policy == "recompute":
             if not torch.compiler.is_compiling():
                 for observer in HALF_OBSERVERS:
@@ -60,8 +61,8 @@ class LeanForward(BlockForward):
         return lean(x)
 
 
-def _rebuilding(function: Callable[[torch.Tensor], Result], x: torch.Tensor) -> Result:
-    with RebuildLinearInputs():
+def _rebuilding(function: Callable[[torch.Tensor], Result], fold_norms: bool, x: torch.Tensor) -> Result:
+    with RebuildLinearInputs(fold_norms=fold_norms):
         return function(x)
 
 
@@ -69,6 +70,7 @@ def install_lean_activations(
     module: nn.Module,
     policy: LeanPolicy | Mapping[int, LeanPolicy | HalfPolicies] = "exact",
     *,
+    fold_norms: bool = False,
     vit: str | None = None,
 ) -> BlockForwardsHandle:
     """Let blocks of the ViT in ``module`` keep less for backward. The outputs are exactly what they were.
@@ -89,6 +91,9 @@ def install_lean_activations(
         module: Any module that holds a ViT.
         policy: One for all blocks, or by block index, negative ones from the end: one for the block, or one for each
             half, such as ``{-1: {"attn": "exact", "mlp": "recompute"}}``.
+        fold_norms: Whether the first trained norm gets its gradient out of that of the linear layer behind it, without
+            the matrix product that would carry it further down, where nothing trains: fewer operations, and gradients
+            of this layer and its norm that differ by rounding. Of no effect in compiled code.
         vit: Dotted path of the ViT, for when ``module`` holds several.
 
     Returns:
@@ -112,7 +117,7 @@ def install_lean_activations(
     for index, halves in policies.items():
         exact = set(halves.values()) <= {"exact"}
         chosen_blocks(view, [index], (_LEAN,) if exact else (_LEAN, PACKS, RECOMPUTES))
-    forwards = {i: LeanForward(view.blocks[i], view.specs[i], halves) for i, halves in policies.items()}
+    forwards = {i: LeanForward(view.blocks[i], view.specs[i], halves, fold_norms) for i, halves in policies.items()}
     return BlockForwardsHandle(view, forwards, f"keep lean activations ({_summary(policies)})")
 
 

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.models.moe import Experts, find_experts
+from lightning_bsr.models.experts import Experts, find_experts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.models._create import create_model
 from lightning_bsr.models._optimization import Optimization, check
-from lightning_bsr.models.moe import Experts, convert_to_moe_
+from lightning_bsr.models.experts import Experts, convert_to_moe_
 
 TaskBatch = Mapping[str, tuple[Tensor, Tensor]]
 _STAGES = ("train", "val", "test")
