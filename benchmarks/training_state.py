@@ -41,6 +41,7 @@ class Row:
     full: bool = False
     lean: str | None = None
     skip_unread: bool = False
+    fold_norms: bool = False
     quantize: bool = False
     release: bool = False
 
@@ -52,7 +53,7 @@ class Row:
         select_blocks_(model, [3, 7, 11])
         install_token_drop(model, list(self.drop), 0.5)
         if self.lean:
-            install_lean_activations(model, self.lean)
+            install_lean_activations(model, self.lean, fold_norms=self.fold_norms)
         if self.skip_unread:
             install_unread_skip(model)
         if self.quantize:
@@ -60,12 +61,12 @@ class Row:
         return model
 
 
-LEAN = {"skip_unread": True, "quantize": True, "release": True}
+LEAN = {"skip_unread": True, "fold_norms": True, "quantize": True, "release": True}
 ROWS = [
     Row("full fine-tuning", full=True),
     Row("BSR 3,7,11 / 3,6,9 @ 0.5"),
     Row("+ exact", lean="exact"),
-    Row("+ exact, skip_unread", lean="exact", skip_unread=True),
+    Row("+ exact, skip_unread, fold_norms", lean="exact", skip_unread=True, fold_norms=True),
     Row("+ recompute", lean="recompute"),
     Row("+ int8 activations", lean="int8"),
     Row("+ int8 frozen weights", quantize=True),

@@ -55,7 +55,8 @@ def pictures(tmp_path):
 
 @pytest.mark.slow
 def test_quickstart__one_epoch_prints_table_summary_and_test_accuracy(tmp_path):
-    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=10", "--trainer.limit_val_batches=1"]
+    limits = [f"--trainer.limit_{part}_batches={count}" for part, count in (("train", 10), ("val", 1), ("test", 1))]
+    short = ["--trainer.max_epochs=1", *limits]
     done = run("fit", "--config", EXAMPLES / "quickstart.yaml", *short, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Activations kept for backward, ViT 'model' (VisionTransformer)" in done.stdout
@@ -188,6 +189,23 @@ def test_multi_task_examples__run_a_step(example, here, pictures, infos):
     )
     assert any("blocks 3, 7, 11 of 12 train" in message for message in infos) == ("bsr" in example)
     assert any("65 -> 34 -> 19 -> 11 tokens" in message for message in infos) == ("bsr" in example)
+
+
+def test_pretraining_example__trains_all_of_a_new_model(here, pictures, infos):
+    main(
+        [
+            "fit",
+            f"--config={EXAMPLES / 'pretrain_micro.yaml'}",
+            f"--data.root={pictures}",
+            "--data.init_args.num_workers=0",
+            "--data.init_args.batch_size=8",
+            "--data.init_args.val_fraction=0.2",
+            "--trainer.accelerator=cpu",
+            "--trainer.precision=32-true",
+            "--trainer.fast_dev_run=true",
+        ]
+    )
+    assert not [message for message in infos if message.startswith(("BlockSelect", "TokenDrop"))]
 
 
 @pytest.mark.slow
