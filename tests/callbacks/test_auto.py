@@ -5,10 +5,12 @@ from lightning_bsr import (
     ActivationMemoryMonitor,
     BlockSelect,
     ConfigurationError,
+    DeltaCheckpoint,
     FineTune,
     LeanActivations,
     TokenDrop,
 )
+from lightning_bsr.functional import merge_delta, read_delta
 from lightning_bsr.memory import parse_bytes
 from plain_modules import ManualOptimization, PlainModule
 
@@ -70,6 +72,24 @@ def test_auto__trains_within_the_budget_and_evaluates_as_it_trained(make_trainer
     assert resumed._auto.chosen == chosen
     assert resumed.budget_plan is None
     assert any(message.startswith("As in the checkpoint, not as chosen now") for message in infos)
+
+
+def test_auto__is_saved_resumed_and_merged_as_a_delta(make_trainer, images, tmp_path):
+    def fit(**resume):
+        module, select = Small(), auto()
+        checkpoint = DeltaCheckpoint(tmp_path / f"{len(resume)}", "{step}", save_top_k=-1, resumable=True)
+        trainer = make_trainer(select, checkpoint, max_epochs=2, limit_val_batches=0, enable_checkpointing=True)
+        trainer.fit(module, images, **resume)
+        return module, select._auto.chosen
+
+    whole, chosen = fit()
+    resumed, again = fit(ckpt_path=tmp_path / "0" / "step=4.ckpt", weights_only=True)
+    assert chosen == again
+    merged = [merge_delta(Small(), tmp_path / folder / "step=8.safetensors") for folder in "02"]
+    for name, tensor in whole.state_dict().items():
+        assert all(torch.equal(other[name], tensor) for other in (resumed.state_dict(), *merged)), name
+    saved = {name.split(".")[2] for name in read_delta(tmp_path / "0" / "step=8.safetensors").tensors if "blocks" in name}
+    assert saved == set(map(str, chosen.blocks)) != set("0123")
 
 
 def test_auto__refuses_another_choice_of_what_is_kept(make_trainer, images):

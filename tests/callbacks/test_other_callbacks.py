@@ -1,7 +1,9 @@
 """Beside the callbacks of Lightning: the same results as without the exact levers, or a refusal before training."""
 
 import copy
-from itertools import permutations
+from functools import partial
+from itertools import combinations
+from random import Random
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from lightning_bsr import (
     ActivationMemoryMonitor,
     BlockSelect,
     ConfigurationError,
+    DeltaCheckpoint,
     FineTune,
     LeanActivations,
     PrefixCache,
@@ -30,6 +33,7 @@ from lightning_bsr import (
     ReleaseGradients,
     TokenDrop,
 )
+from lightning_bsr.functional import read_delta
 from plain_modules import PlainModule, RandomImages, ResumableLoader, tiny_vit
 
 pytestmark = [
@@ -52,8 +56,8 @@ class Small(PlainModule):
 class Images(RandomImages):
     """Small batches, of a size that may be searched for."""
 
-    def __init__(self):
-        super().__init__(batches=4, batch_size=2)
+    def __init__(self, batches=4):
+        super().__init__(batches, batch_size=2)
 
     def loader(self):
         return DataLoader(self.data, batch_size=self.batch_size)
@@ -93,37 +97,40 @@ def _quick_search(monkeypatch):
 OTHERS = {
     "ema": lambda: EMAWeightAveraging(decay=0.5),
     "swa": lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
-    "lr_finder": lambda: LearningRateFinder(num_training_steps=3, min_lr=1e-3, max_lr=0.5),
+    # It judges none of the first ten losses, nor the last.
+    "lr_finder": lambda: LearningRateFinder(num_training_steps=15, min_lr=1e-3, max_lr=0.5),
     "batch_size_finder": lambda: BatchSizeFinder(max_trials=1, steps_per_trial=1),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_fit__exact_levers_change_nothing_beside(name, make_trainer):
-    modules = []
+    modules, batches = [], 6 if name == "lr_finder" else 4  # its search ends with the last epoch
     for place in (None, 0, -1):  # without the exact levers; then with them, the other one first, and last
         module, callbacks = Small(), bsr() + ([] if place is None else exact_levers())
         before = state(module)
         callbacks.insert(place or 0, OTHERS[name]()) if place != -1 else callbacks.append(OTHERS[name]())
-        make_trainer(*callbacks, max_epochs=3, limit_val_batches=0).fit(module, datamodule=Images())
+        make_trainer(*callbacks, max_epochs=3, limit_val_batches=0).fit(module, datamodule=Images(batches))
         assert state(module) == before
         modules.append(module)
     plain, *others = modules
     for module in others:
         assert_equal(module, plain)
         assert module.lr == plain.lr
+    assert (plain.lr != Small().lr) == (name == "lr_finder")
 
 
 @pytest.mark.parametrize("search", ["lr_find", "scale_batch_size"])
 def test_tuner__leaves_no_trace_and_fit_goes_on(search, make_trainer):
-    module, data = Small(), Images()
+    module, data = Small(), Images(batches=16)  # the search ends with the epoch
     before, weights = state(module), copy.deepcopy(module.state_dict())
     trainer = make_trainer(*bsr(), *exact_levers(), QuantizeFrozen(), limit_val_batches=0)
     if search == "lr_find":
-        found = Tuner(trainer).lr_find(module, datamodule=data, num_training=3)
-        assert len(found.results["lr"]) >= 3
-    else:
-        assert Tuner(trainer).scale_batch_size(module, datamodule=data, max_trials=1, steps_per_trial=1) == 2
+        found = Tuner(trainer).lr_find(module, datamodule=data, num_training=15, min_lr=1e-3, max_lr=0.5)
+        assert module.lr == found.suggestion() != Small().lr
+    else:  # it tries 2 images, then 4, and keeps the last that went well
+        assert Tuner(trainer).scale_batch_size(module, datamodule=data, max_trials=2, steps_per_trial=1) == 4
+        assert data.batch_size == 4
     assert state(module) == before
     frozen = ("model.blocks.0.attn.qkv.weight", "model.blocks.0.mlp.fc1.weight")  # which QuantizeFrozen may round
     for key in (key for key in weights if not key.startswith("model.blocks.0.")):
@@ -236,18 +243,42 @@ def test_batch_size_finder__is_refused_beside_a_budget(callback, make_trainer):
     )
 
 
-def test_core_callbacks__in_every_order(make_trainer):
-    found = set()
-    for number, order in enumerate(permutations(range(4))):
+def test_our_callbacks__any_three_in_every_order(make_trainer, tmp_path):
+    makers = [
+        partial(BlockSelect, [1]),
+        partial(TokenDrop, [0], 0.5),
+        LeanActivations,
+        PrefixCache,
+        QuantizeFrozen,
+        ActivationMemoryMonitor,
+        ReleaseGradients,
+    ]
+
+    def fit(order):
         module = PlainModule(depth=2, embed_dim=16, patch_size=8)
-        callbacks = [BlockSelect([1]), TokenDrop([0], 0.5), LeanActivations(), PrefixCache()]
-        callbacks = [callbacks[i] for i in order]
-        callbacks.insert(number % 5, QuantizeFrozen())
-        trainer = make_trainer(*callbacks, limit_train_batches=2, limit_val_batches=0)
+        checkpoint = DeltaCheckpoint(tmp_path / f"{order}")  # Lightning puts it last in any case
+        trainer = make_trainer(
+            *(makers[i]() for i in order),
+            checkpoint,
+            enable_checkpointing=True,
+            limit_train_batches=2,
+            limit_val_batches=0,
+        )
         trainer.fit(module, datamodule=Images())
-        total = sum(p.double().sum().item() for p in module.parameters())
-        found.add((trainer.callback_metrics["loss"].item(), total))
-    assert len(found) == 1
+        return module, trainer.callback_metrics["loss"], read_delta(checkpoint.best_model_path)
+
+    # Those that change what is learnt, without those that must not.
+    expected, loss, delta = fit([0, 1, 4])
+    random, numbers, covered = Random(0), range(len(makers)), set()
+    while len(covered) < 7 * 6 * 5:
+        order = random.sample(numbers, len(makers))
+        if not covered.issuperset(combinations(order, 3)):
+            covered.update(combinations(order, 3))
+            module, metric, saved = fit(order)
+            assert_equal(module, expected)
+            assert torch.equal(metric, loss)
+            assert saved.base_sha256 == delta.base_sha256
+            assert all(torch.equal(saved.tensors[name], tensor) for name, tensor in delta.tensors.items())
 
 
 class Pair(Small):

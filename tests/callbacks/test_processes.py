@@ -10,12 +10,14 @@ from lightning_bsr import (
     ActivationMemoryMonitor,
     BlockSelect,
     ConfigurationError,
+    DeltaCheckpoint,
     FineTune,
     LeanActivations,
     PrefixCache,
     QuantizeFrozen,
     TokenDrop,
 )
+from lightning_bsr.functional import merge_delta
 from plain_modules import PlainModule, RandomImages, tiny_vit
 from processes import in_two_processes
 
@@ -125,6 +127,40 @@ def test_ddp__a_memory_budget_chooses_the_same_in_both_processes(make_trainer, t
     (chosen, first), (others, second) = in_two_processes(fit, tmp_path)
     assert chosen == others != {}
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_ddp__a_delta_is_saved_resumed_and_merged(make_trainer, tmp_path):
+    def trained(folder, **resume):
+        module = Small()
+        checkpoint = DeltaCheckpoint(tmp_path / folder, "{step}", save_top_k=-1, resumable=True)
+        trainer = make_trainer(
+            BlockSelect([2, 3]),
+            TokenDrop([1], 0.5),
+            checkpoint,
+            strategy="ddp",
+            devices=2,
+            max_epochs=2,
+            limit_val_batches=0,
+            use_distributed_sampler=False,
+            enable_checkpointing=True,
+        )
+        trainer.fit(module, datamodule=Halves(), **resume)
+        return weights(module)
+
+    def fit(rank):
+        whole = trained("whole")
+        return whole, trained("resumed", ckpt_path=tmp_path / "whole" / "step=2.ckpt", weights_only=True)
+
+    (whole, resumed), others = in_two_processes(fit, tmp_path)
+    merged = [merge_delta(Small(), tmp_path / run / "step=4.safetensors") for run in ("whole", "resumed")]
+    assert not torch.equal(whole["model.blocks.3.mlp.fc1.weight"], Small().model.blocks[3].mlp.fc1.weight)
+    for name, tensor in whole.items():
+        assert all(torch.equal(other[name], tensor) for other in (resumed, *others, *merged)), name
+    for run in ("whole", "resumed"):
+        names = sorted(path.name for path in (tmp_path / run).iterdir())
+        assert names == [
+            f"step={step}.{ending}" for step in ((2, 4) if run == "whole" else (4,)) for ending in ("ckpt", "safetensors")
+        ]
 
 
 class Divided(Small):

@@ -273,6 +273,15 @@ def test_plan__leaves_no_tensors_without_data_in_the_model():
     assert made(IMAGES).tolist()
 
 
+def test_plan__and_measurement_see_the_tables_that_a_model_keeps():
+    made = family("dinov3")
+    reports = []
+    for run in (plan, measure, measure, plan):
+        reports.append(run(made.model, IMAGES, loss=lambda out: out.pooler_output.sum()))
+        made(IMAGES)  # makes the table of the patches' places, if there is none
+    assert all(report == reports[0] for report in reports)
+
+
 def test_plan__of_a_model_that_looks_at_values():
     made = family("siglip2")
     with pytest.raises(ConfigurationError) as error:

@@ -13,9 +13,30 @@ from lightning_bsr.vit import find_vit, registered_blocks
 from plain_modules import PlainModule, tiny_vit
 
 
-def supported():
-    """How each of these messages ends; doctests and documentation register blocks too."""
-    return f"Supported block classes: {', '.join(registered_blocks())}; lightning_bsr.register_block adds another."
+@pytest.fixture
+def few_blocks(monkeypatch):
+    """A table of few block classes, and how the messages that list them end."""
+    timm_names = [f"timm.models.{name}.{name.title()}Block" for name in ("eva", "beit", "convit", "xcit", "twins")]
+    others = ["torchvision.models.vision_transformer.EncoderBlock", "transformers.models.vit.modeling_vit.ViTLayer"]
+    names = [*timm_names, "mine.blocks.Mine", *others]
+    monkeypatch.setattr("lightning_bsr.vit._find.registered_blocks", lambda: names)
+    return """
+Supported block classes, to which lightning_bsr.register_block adds others:
+  timm: eva.EvaBlock, beit.BeitBlock, convit.ConvitBlock, xcit.XcitBlock, twins.TwinsBlock
+  mine: blocks.Mine
+  torchvision: vision_transformer.EncoderBlock
+  transformers: vit.modeling_vit.ViTLayer"""
+
+
+def test_find_vit__supported_blocks_are_listed_by_library():
+    with pytest.raises(ConfigurationError) as error:
+        find_vit(nn.Linear(2, 2))
+    first, title, *lines = str(error.value).split("\n")
+    assert first == "No supported Vision Transformer was found in Linear. Its children are: none."
+    assert title == "Supported block classes, to which lightning_bsr.register_block adds others:"
+    assert max(map(len, lines)) <= 120
+    listed = re.findall(r"[^\s,]+[.][^\s,]+", "\n".join(lines))
+    assert listed == [name.partition(".")[2].removeprefix("models.") for name in registered_blocks()]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +136,7 @@ def test_find_vit__path_to_no_vit():
         find_vit(PlainModule(), "model.head")
 
 
-def test_find_vit__unsupported_blocks_are_named():
+def test_find_vit__unsupported_blocks_are_named(few_blocks):
     class OwnBlock(Block):
         def forward(self, x):
             return x
@@ -124,7 +145,7 @@ def test_find_vit__unsupported_blocks_are_named():
         find_vit(nn.ModuleDict({"backbone": tiny_vit(block_fn=OwnBlock)}))
     assert str(error.value) == (
         "No supported Vision Transformer was found in ModuleDict. Found blocks that are not registered: "
-        f"'backbone.blocks' (6 x {__name__}.{OwnBlock.__qualname__}). {supported()}"
+        f"'backbone.blocks' (6 x {__name__}.{OwnBlock.__qualname__}).{few_blocks}"
     )
 
 
@@ -176,21 +197,21 @@ def test_find_vit__two_staged_models_need_a_path():
     assert find_vit(module, "b").model is module["b"]
 
 
-def test_find_vit__blocks_without_prefix_tokens():
+def test_find_vit__blocks_without_prefix_tokens(few_blocks):
     with pytest.raises(ConfigurationError) as error:
         find_vit(nn.ModuleDict({"blocks": tiny_vit().blocks}))
     assert str(error.value) == (
         "No supported Vision Transformer was found in ModuleDict. Found blocks whose owner has no integer "
-        f"num_prefix_tokens: 'blocks' of ModuleDict. {supported()}"
+        f"num_prefix_tokens: 'blocks' of ModuleDict.{few_blocks}"
     )
 
 
-def test_find_vit__no_blocks_at_all():
+def test_find_vit__no_blocks_at_all(few_blocks):
     with pytest.raises(ConfigurationError) as error:
         find_vit(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     assert str(error.value) == (
-        "No supported Vision Transformer was found in Sequential. Its children are: '0' (Linear), '1' (ReLU). "
-        f"{supported()}"
+        "No supported Vision Transformer was found in Sequential. Its children are: '0' (Linear), '1' (ReLU)."
+        f"{few_blocks}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Keeps tensors without data out of the caches of a model's own code."""
+"""Empties the caches of a model's own code around a step that is planned or measured."""
 
 import contextlib
 import sys
@@ -10,15 +10,19 @@ from torch import nn
 
 @contextlib.contextmanager
 def caches_cleared(module: nn.Module) -> Iterator[None]:
-    """Clear, afterwards, each :func:`functools.lru_cache` in transformers' files that define the parts of ``module``.
+    """Clear, before and after, each :func:`functools.lru_cache` of transformers' files for the parts of ``module``.
 
-    Some of its models keep tables of positions in one. Made while a step is planned, they would be tensors without
-    data, and so would be what the model gives from then on.
+    Some of its models keep tables of positions in one. They are alive in every step, but one that was made before the
+    step would not be seen in it. Made while a step is planned, they would be tensors without data, and so would be what
+    the model gives from then on.
     """
+    clears = list(_clear_functions(module))
+    for clear in clears:
+        clear()
     try:
         yield
     finally:
-        for clear in _clear_functions(module):
+        for clear in clears:
             clear()
 
 

@@ -68,7 +68,7 @@ def measure(
         True
     """
     step = _step(module, forward, loss, _several(optimizer), precision, accumulate, release_gradients, vit)
-    with torch.random.fork_rng(), _gradients_set_aside(module):
+    with torch.random.fork_rng(), _gradients_set_aside(module), caches_cleared(module):
         return step.run(inputs, KernelWatch())
 
 

@@ -1,7 +1,9 @@
 """Finds the Vision Transformer inside any module, by its structure and never by an attribute's name."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
+from textwrap import TextWrapper
 
 from torch import nn
 
@@ -228,9 +230,19 @@ def _nothing_found(module: nn.Module, path: str | None) -> str:
     if not unsupported and not no_prefix:
         children = ", ".join(f"{name!r} ({type(child).__name__})" for name, child in root.named_children())
         message += f" Its children are: {children or 'none'}."
-    return message + (
-        f" Supported block classes: {', '.join(registered_blocks())}; lightning_bsr.register_block adds another."
-    )
+    return f"{message}\n{_supported_blocks()}"
+
+
+def _supported_blocks() -> str:
+    """The block classes of the table: a paragraph for each library."""
+    by_library = defaultdict(list)
+    for full_name in registered_blocks():
+        library, _, name = full_name.partition(".")
+        by_library[library].append(name.removeprefix("models."))
+    paragraphs = [f"{library}: {', '.join(names)}" for library, names in by_library.items()]
+    wrapper = TextWrapper(120, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
+    title = "Supported block classes, to which lightning_bsr.register_block adds others:"
+    return "\n".join([title, *map(wrapper.fill, paragraphs)])
 
 
 def _looks_like_blocks(container: nn.Module) -> bool:
