@@ -10,10 +10,21 @@ MAY_IMPORT = {
     "vit": {"_errors"},
     "functional": {"_errors", "_version", "vit"},
     "memory": {"_errors", "vit", "functional"},
-    "callbacks": {"_errors", "vit", "functional", "memory"},
-    "models": {"_errors", "vit", "functional"},
+    "drawing": {"_errors", "functional", "memory"},
+    "callbacks": {"_errors", "vit", "functional", "memory", "drawing"},
+    "models": {"_errors", "vit", "functional", "drawing", "callbacks"},
     "data": {"_errors", "memory"},
-    "planning": {"_errors", "_cli_configuration", "_version", "vit", "functional", "memory", "callbacks", "methods"},
+    "planning": {
+        "_errors",
+        "_cli_configuration",
+        "_version",
+        "vit",
+        "functional",
+        "memory",
+        "drawing",
+        "callbacks",
+        "methods",
+    },
     "comparison": {
         "_errors",
         "_cli_configuration",
@@ -25,7 +36,7 @@ MAY_IMPORT = {
         "planning",
     },
 }
-WITHOUT_LIGHTNING = {"vit", "functional", "memory"}
+WITHOUT_LIGHTNING = {"vit", "functional", "memory", "drawing"}
 
 
 def imported(file: Path) -> set[str]:
