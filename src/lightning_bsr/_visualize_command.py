@@ -68,7 +68,7 @@ class VisualizeCommand(Trainer):
             raise ConfigurationError("No picture was drawn: no block drops tokens; add TokenDrop to trainer.callbacks.")
         files = list(visualizer.files)
         if isinstance(planner.result, MemoryReport):
-            files.append(publish_figure(self, Path(output), "memory", plot_blocks(planner.result)))
+            files.append(publish_figure(self, Path(output), "memory-by-block", plot_blocks(planner.result)))
         else:
             print(f"The memory of a step is not drawn. {planner.result or 'fit would train on no batch.'}")
         print(f"Written: {', '.join(map(str, files))}.")

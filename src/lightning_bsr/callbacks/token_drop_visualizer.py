@@ -35,9 +35,10 @@ class TokenDropVisualizer(Callback):
 
     - ``survivors-<stage>.png``: pictures, and what is left of each after each block that drops;
     - ``scores-<stage>.png``: the scores by which patches were kept;
-    - ``classes-<stage>.png``: at which places patches survive, over all pictures of the stage, by class.
+    - ``classes-<stage>.png``: at which places patches survive, by class, over all pictures of the stage, if there are
+      more than those that are drawn.
 
-    When ``fit`` begins, ``memory.png`` shows what its first step keeps for backward by block, and the tokens that leave
+    When ``fit`` begins, ``memory-by-block.png`` shows what its first step keeps for backward by block, and the tokens that leave
     each block. It is planned, see :func:`lightning_bsr.memory.plan`; strategies that divide weights have none.
 
     The pictures also go to a TensorBoard, W&B or MLflow logger of the Trainer, under the files' names.
@@ -123,7 +124,7 @@ class TokenDropVisualizer(Callback):
         except ConfigurationError as error:
             rank_zero_info(f"TokenDropVisualizer: the memory of a step is not drawn. {error}")
             return
-        self.files = [publish_figure(trainer, folder, "memory", plot_blocks(report))]
+        self.files = [publish_figure(trainer, folder, "memory-by-block", plot_blocks(report))]
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -238,8 +239,9 @@ class TokenDropVisualizer(Callback):
         figures = {
             "survivors": draw_survivors(shown, survivors, grid, labels=labels),
             "scores": draw_scores(shown, survivors, grid, labels=labels, scored_by=watch.scored_by),
-            "classes": draw_classes(self._counts, grid),
         }
+        if sum(self._counts.pictures.values()) > len(self._pictures):
+            figures["classes"] = draw_classes(self._counts, grid)
         written = [publish_figure(trainer, folder, f"{name}-{stage}", figure) for name, figure in figures.items()]
         self.files = [file for file in self.files if file not in written] + written
 
@@ -296,7 +298,9 @@ def _images_of(batch: Any, data: LightningDataModule | None) -> Iterator[tuple[t
             continue
         found = (leaf for leaf in leaves if leaf.shape == images.shape[:1] and not leaf.is_floating_point())
         labels = next(found, images.new_empty(0)).tolist()
-        named = [names[label] if isinstance(names, Sequence) and 0 <= label < len(names) else f"{label}" for label in labels]
+        named = [
+            names[label] if isinstance(names, Sequence) and 0 <= label < len(names) else f"{label}" for label in labels
+        ]
         yield images, named or [""] * len(images)
 
 

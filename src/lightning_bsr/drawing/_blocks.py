@@ -48,7 +48,7 @@ def draw_panels(panels: Sequence[Any], titles: Sequence[str]) -> "Figure":
         for part, draw, title in zip(parts, panels, titles, strict=True):
             part.suptitle(title, fontweight="bold", fontsize=13)
             handles = draw(part.subplots())
-            part.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
+            part.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False)
     return figure
 
 

@@ -20,6 +20,7 @@ _GONE = 0.88  # a light grey
 _SHINES_THROUGH = 0.15
 _BRIGHTEST = 0.98  # the quantile of scores that the colours end at, so that one outlier does not darken the rest
 _CELL, _CLASS_CELL = 1.7, 1.05  # inches
+_TITLE = 6.0  # inches that the longest title takes
 _MOST_CLASSES = 11
 _SCORES = {"cls": "class token's attention", "mean": "attention received", "random": "random score"}
 
@@ -142,6 +143,8 @@ def draw_scores(
             bar.set_label(_SCORES.get(kind, kind), fontsize=9)
             bar.ax.locator_params(nbins=3)
             bar.ax.tick_params(labelsize=8)
+        for panel in axes.flat:
+            panel.set_anchor("C")  # the colour bars have changed it in their columns
     return figure
 
 
@@ -174,10 +177,11 @@ def draw_classes(counts: SurvivorCounts, grid: tuple[int, int]) -> "Figure":
     blocks = list(maps[0])
     titles = [f"all\nn = {sum(counts.pictures.values())}"]
     titles += [f"{shorten(name, 13, placeholder='…')}\nn = {counts.pictures[name]}" for name in names]
-    height = _CLASS_CELL * grid[0] / grid[1]
+    cell = max(_CLASS_CELL, min(_CELL, (_TITLE - 1.9) / len(maps)))
+    height = cell * grid[0] / grid[1]
     left_out = f", {len(names)} of {len(known)} classes" if len(names) < len(known) > 1 else ""
 
-    with styled_figure(1.9 + _CLASS_CELL * len(maps), 0.95 + (height + 0.1) * len(blocks)) as figure:
+    with styled_figure(max(_TITLE, 1.9 + cell * len(maps)), 0.95 + (height + 0.1) * len(blocks)) as figure:
         figure.suptitle(f"Where patches survive: share of the pictures{left_out}", fontweight="bold", fontsize=13)
         axes = figure.subplots(len(blocks), len(maps), squeeze=False)
         for row, block in enumerate(blocks):
@@ -200,10 +204,11 @@ def _rows_of_pictures(
 ) -> Iterator[tuple["Figure", Any]]:
     """Draw pictures one below the other, with an empty panel for each block beside them."""
     count, height, width = pictures.shape[:3]
-    size = (0.5 + _CELL * (1 + len(survivors)), 1.0 + (_CELL * height / width + 0.05) * count)
-    with styled_figure(*size) as figure:
+    columns = 1 + len(survivors)
+    cell = max(_CELL, (_TITLE - 0.5) / columns)
+    with styled_figure(0.5 + cell * columns, 1.0 + (cell * height / width + 0.05) * count) as figure:
         figure.suptitle(title, fontweight="bold", fontsize=13)
-        axes = figure.subplots(count, 1 + len(survivors), squeeze=False)
+        axes = figure.subplots(count, columns, squeeze=False)
         for panel in axes.flat:
             _hide_ticks(panel)
         axes[0, 0].set_title("picture", fontsize=10)

@@ -58,8 +58,8 @@ class DrawExpertUse(Callback):
     """Draws which experts the tasks use, when a validation or a test ends, as ``experts-<val or test>.png``.
 
     The module counts anew when a validation or test begins, as :class:`lightning_bsr.MultiTaskClassifier` does; else
-    all passes since the last are in the figure. A later validation replaces the figure of an earlier one. It also goes to
-    a TensorBoard, W&B or MLflow logger of the Trainer.
+    all passes since the last are in the figure. A later validation replaces the figure of an earlier one. It also goes
+    to a TensorBoard, W&B or MLflow logger of the Trainer.
 
     Args:
         folder: Where to write; the Trainer's log folder by default.
