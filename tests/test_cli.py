@@ -56,6 +56,7 @@ def pictures(tmp_path):
 @pytest.mark.slow
 def test_quickstart__one_epoch_prints_table_summary_and_test_accuracy(tmp_path):
     short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=10", "--trainer.limit_val_batches=1"]
+    short += ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=."]  # where TensorBoard is installed too
     done = run("fit", "--config", EXAMPLES / "quickstart.yaml", *short, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Activations kept for backward, ViT 'model' (VisionTransformer)" in done.stdout

@@ -25,4 +25,5 @@ def instantiating(cli: LightningCLI) -> contextlib.AbstractContextManager[None]:
         cli: A command line that has parsed its arguments.
     """
     contexts = {"plan": planning_configuration, "visualize": visualizing_configuration}
-    return contexts.get(str(cli.subcommand), contextlib.nullcontext)(cli)
+    context = contexts.get(str(cli.subcommand))
+    return contextlib.nullcontext() if context is None else context(cli)

@@ -169,7 +169,7 @@ def test_watch__lets_a_prefix_cache_rest():
 def test_watch__sees_what_compiled_code_drops():
     model, batch = vit(), images()
     install_token_drop(model, [1, 3], 0.5)
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         before = compiled(batch)
         watch = install_drop_watch(compiled)

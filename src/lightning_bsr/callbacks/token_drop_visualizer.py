@@ -38,8 +38,8 @@ class TokenDropVisualizer(Callback):
     - ``classes-<stage>.png``: at which places patches survive, by class, over all pictures of the stage, if there are
       more than those that are drawn.
 
-    When ``fit`` begins, ``memory-by-block.png`` shows what its first step keeps for backward by block, and the tokens that leave
-    each block. It is planned, see :func:`lightning_bsr.memory.plan`; strategies that divide weights have none.
+    When ``fit`` begins, ``memory-by-block.png`` shows what its first step keeps for backward by block, and the tokens
+    that leave each block. It is planned, see :func:`lightning_bsr.memory.plan`; strategies that divide weights have none.
 
     The pictures also go to a TensorBoard, W&B or MLflow logger of the Trainer, under the files' names.
 
@@ -109,6 +109,7 @@ class TokenDropVisualizer(Callback):
         folder = figure_folder(trainer, self.folder)
         if not has_whole_weights(trainer) or not trainer.is_global_zero:
             return
+        precision: Any = trainer.precision  # a plan refuses those that it does not know
         try:
             with isolate_rng(), quiet_training_step(pl_module) as training_step:
                 report = plan(
@@ -116,7 +117,7 @@ class TokenDropVisualizer(Callback):
                     batch,
                     forward=training_step,
                     optimizer=trainer.optimizers,
-                    precision=trainer.precision,
+                    precision=precision,
                     accumulate=trainer.accumulate_grad_batches > 1,
                     release_gradients=releases_gradients(trainer),
                     vit=self.vit,

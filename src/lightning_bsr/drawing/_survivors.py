@@ -67,7 +67,7 @@ def undo_normalization(
 def draw_survivors(
     pictures: torch.Tensor, survivors: Mapping[int, Survivors], grid: tuple[int, int], *, labels: Sequence[str] = ()
 ) -> "Figure":
-    """Draw pictures, a row each, and beside each what is left of it after each block that drops.
+    r"""Draw pictures, a row each, and beside each what is left of it after each block that drops.
 
     Args:
         pictures: ``[B, H, W, 3]`` from 0 to 1, see :func:`undo_normalization`.
@@ -85,7 +85,7 @@ def draw_survivors(
         >>> kept = torch.tensor([[True, False], [False, True]])
         >>> figure = draw_survivors(torch.rand(2, 8, 16, 3), {3: Survivors(kept, torch.zeros(2, 2))}, (1, 2))
         >>> [axes.get_title() for axes in figure.axes[:2]]
-        ['picture', 'block 3\\n1 of 2 left']
+        ['picture', 'block 3\n1 of 2 left']
     """
     with _rows_of_pictures(pictures, survivors, labels, "Patches that survive each drop") as (figure, axes):
         grey = _GONE + _SHINES_THROUGH * (pictures.mean(dim=-1, keepdim=True) - 1)
@@ -149,7 +149,7 @@ def draw_scores(
 
 
 def draw_classes(counts: SurvivorCounts, grid: tuple[int, int]) -> "Figure":
-    """Draw at which places patches survive, as the share of a class's pictures: blocks that drop by classes.
+    r"""Draw at which places patches survive, as the share of a class's pictures: blocks that drop by classes.
 
     The first column is of all pictures; of many classes those are drawn that have the most pictures.
 
@@ -168,7 +168,7 @@ def draw_classes(counts: SurvivorCounts, grid: tuple[int, int]) -> "Figure":
         >>> kept = torch.tensor([[True, False], [True, True], [False, True]])
         >>> counts.add({3: Survivors(kept, torch.zeros(3, 2))}, ["cat", "cat", "dog"])
         >>> [axes.get_title() for axes in draw_classes(counts, (1, 2)).axes[:3]]
-        ['all\\nn = 3', 'cat\\nn = 2', 'dog\\nn = 1']
+        ['all\nn = 3', 'cat\nn = 2', 'dog\nn = 1']
     """
     known = list(counts.pictures)
     most = sorted(known, key=lambda name: counts.pictures[name], reverse=True)[:_MOST_CLASSES]
@@ -228,7 +228,8 @@ def _hide_ticks(axes: "Axes") -> None:
 def _enlarge(values: torch.Tensor, grid: tuple[int, int], size: Sequence[int]) -> torch.Tensor:
     """Give each pixel of ``[B, H, W]`` what its patch has of ``[B, N]``."""
     rows, columns = (torch.arange(n, device=values.device) * cells // n for n, cells in zip(size, grid, strict=True))
-    return values.unflatten(1, grid)[:, rows][:, :, columns]
+    enlarged: torch.Tensor = values.unflatten(1, grid)[:, rows][:, :, columns]
+    return enlarged
 
 
 def _range(counts: torch.Tensor) -> str:

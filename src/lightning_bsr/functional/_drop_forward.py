@@ -20,8 +20,8 @@ Score = Literal["auto", "cls", "mean", "random"]
 RESTORES, SKIPS = "puts dropped tokens back to their places", "gives the prefix tokens alone"
 
 DROP_OBSERVERS: list[Callable[[nn.Module, torch.Tensor, torch.Tensor, bool], None]] = []
-"""Each is called with a block that drops, the scores of its patch tokens ``[B, M]``, those that are kept ``[B, K]``, and
-whether the others are fused."""
+"""Each is called with a block that drops, the scores of its patch tokens ``[B, M]``, which of them are kept ``[B, K]``,
+and whether the others are fused."""
 
 
 class Drop(NamedTuple):

@@ -104,10 +104,10 @@ class SurvivorCounts:
         for name in sorted(set(classes)):
             rows = [row for row, other in enumerate(classes) if other == name]
             self.pictures[name] = self.pictures.get(name, 0) + len(rows)
-            before = self._survived.get(name, {})
-            self._survived[name] = {
-                block: before.get(block, 0) + kept[rows].sum(dim=0).cpu() for block, (kept, _) in survivors.items()
-            }
+            survived = self._survived.setdefault(name, {})
+            for block, (kept, _) in survivors.items():
+                here = kept[rows].sum(dim=0).cpu()
+                survived[block] = here + survived[block] if block in survived else here
 
     def shares(self, name: str | None = None) -> dict[int, torch.Tensor]:
         """Return the share of the pictures whose patch survives ``[N]``, by block.
@@ -160,8 +160,6 @@ class DropWatch:
             for prefix in self._prefixes:
                 prefix.suspended = False
 
-    # A compiled graph would hold on to what it saw while it was traced.
-    @torch.compiler.disable
     def _observe(self, block: nn.Module, scores: torch.Tensor, kept: torch.Tensor, fused: bool) -> None:
         index = self._indices.get(id(block))
         if index is None:
