@@ -1,4 +1,4 @@
-"""Fine-tunes the bundled micro ViT on pictures in class folders for a few epochs, and keeps the figures of the last one.
+"""Fine-tunes the bundled micro ViT on pictures in class folders for some epochs, and keeps the figures of the last one.
 
 These are the pictures of docs/guides/visualize.md. Run it after a change to the figures, in a checkout::
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from lightning_bsr import BlockSelect, ImageFolderDataModule, TokenDrop, TokenDropVisualizer, ViTClassifier
 
-EPOCHS = 5
+EPOCHS = 2
 COLOURS = 255  # as many as a palette holds, which makes the files a third of the size
 
 
@@ -38,6 +38,7 @@ def main(root: str, images: str) -> None:
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
+            num_sanity_val_steps=0,
         )
         trainer.fit(ViTClassifier(lr=4.5e-3, warmup_epochs=1), data)
         print({name: round(float(value), 3) for name, value in trainer.callback_metrics.items()})

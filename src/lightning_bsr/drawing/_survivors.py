@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from textwrap import shorten
+from textwrap import fill, shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ _SHINES_THROUGH = 0.15
 _BRIGHTEST = 0.98  # the quantile of scores that the colours end at, so that one outlier does not darken the rest
 _CELL, _CLASS_CELL = 1.7, 1.05  # inches
 _TITLE = 6.0  # inches that the longest title takes
+_LETTERS = 9  # of a title, to the inch
 _MOST_CLASSES = 11
 _SCORES = {"cls": "class token's attention", "mean": "attention received", "random": "random score"}
 
@@ -181,8 +182,10 @@ def draw_classes(counts: SurvivorCounts, grid: tuple[int, int]) -> "Figure":
     height = cell * grid[0] / grid[1]
     left_out = f", {len(names)} of {len(known)} classes" if len(names) < len(known) > 1 else ""
 
-    with styled_figure(max(_TITLE, 1.9 + cell * len(maps)), 0.95 + (height + 0.1) * len(blocks)) as figure:
-        figure.suptitle(f"Where patches survive: share of the pictures{left_out}", fontweight="bold", fontsize=13)
+    width = 1.9 + cell * len(maps)
+    title = fill(f"Where patches survive: share of the pictures{left_out}", int(_LETTERS * width))
+    with styled_figure(width, 1.0 + 0.2 * title.count("\n") + (height + 0.1) * len(blocks)) as figure:
+        figure.suptitle(title, fontweight="bold", fontsize=13)
         axes = figure.subplots(len(blocks), len(maps), squeeze=False)
         for row, block in enumerate(blocks):
             highest = max(float(each[block].max()) for each in maps)

@@ -118,7 +118,7 @@ class SurvivorCounts:
         names = [*self.pictures] if name is None else [name]
         total = sum(self.pictures[name] for name in names)
         blocks = self._survived[names[0]]
-        return {block: sum(self._survived[name][block] for name in names) / total for block in blocks}
+        return {block: torch.stack([self._survived[n][block] for n in names]).sum(dim=0) / total for block in blocks}
 
 
 class DropWatch:
