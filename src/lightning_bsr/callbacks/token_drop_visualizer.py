@@ -39,8 +39,8 @@ class TokenDropVisualizer(Callback):
       more than those that are drawn.
 
     When ``fit`` begins, ``memory-by-block.png`` shows what its first step keeps for backward by block, and the tokens
-    that leave each block. It is planned, see :func:`lightning_bsr.memory.plan`; with strategies that divide weights there
-    is none.
+    that leave each block. It is planned, see :func:`lightning_bsr.memory.plan`; strategies that divide weights have no
+    such picture.
 
     The pictures also go to a TensorBoard, W&B or MLflow logger of the Trainer, under the files' names.
 
