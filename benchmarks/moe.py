@@ -102,18 +102,19 @@ def plan_models(args: argparse.Namespace) -> None:
             install_lean_activations(backbone, "exact")
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
 
-        def step(images: torch.Tensor, model: nn.ModuleDict = model) -> torch.Tensor:
+        def step(images: torch.Tensor, labels: torch.Tensor, model: nn.ModuleDict = model) -> torch.Tensor:
             return F.cross_entropy(model["heads"][0](model["backbone"](images)), labels)
 
         arguments = {"forward": step, "optimizer": optimizer}
-        report = plan(model, (args.images, *size), **arguments)
+        report = plan(model, (args.images, *size), labels, **arguments)
         total, trained = (
             sum(p.numel() for p in model.parameters() if all_ or p.requires_grad) for all_ in (True, False)
         )
         cells = [name, f"{total / 1e6:.1f}", f"{trained / 1e6:.1f}", f"{report.activations / args.images / MIB:.2f}"]
         cells += [f"{sum(report.flops) / args.images / 1e9:.1f}", f"{report.peak / MIB:.0f}"]
         if args.measure:
-            cells.append("yes" if measure(model, torch.randn(args.images, *size), **arguments) == report else "no")
+            images = torch.randn(args.images, *size)
+            cells.append("yes" if measure(model, images, labels, **arguments) == report else "no")
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

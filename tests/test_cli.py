@@ -57,6 +57,7 @@ def pictures(tmp_path):
 def test_quickstart__one_epoch_prints_table_summary_and_test_accuracy(tmp_path):
     limits = [f"--trainer.limit_{part}_batches={count}" for part, count in (("train", 10), ("val", 1), ("test", 1))]
     short = ["--trainer.max_epochs=1", *limits]
+    short += ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=."]  # where TensorBoard is installed too
     done = run("fit", "--config", EXAMPLES / "quickstart.yaml", *short, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Activations kept for backward, ViT 'model' (VisionTransformer)" in done.stdout

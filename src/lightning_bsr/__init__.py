@@ -14,6 +14,7 @@ from lightning_bsr.callbacks import (
     ReleaseGradients,
     TokenDrop,
     TokenDropCallback,
+    TokenDropVisualizer,
 )
 from lightning_bsr.data import (
     CIFAR10DataModule,
@@ -53,6 +54,7 @@ __all__ = [
     "ReleaseGradients",
     "TokenDrop",
     "TokenDropCallback",
+    "TokenDropVisualizer",
     "ViTClassifier",
     "__version__",
     "register_block",

@@ -9,6 +9,7 @@ from lightning_bsr.callbacks.prefix_cache import PrefixCache
 from lightning_bsr.callbacks.quantize_frozen import QuantizeFrozen
 from lightning_bsr.callbacks.release_gradients import ReleaseGradients
 from lightning_bsr.callbacks.token_drop import TokenDrop, TokenDropCallback
+from lightning_bsr.callbacks.token_drop_visualizer import TokenDropVisualizer
 
 __all__ = [
     "ActivationCheckpoint",
@@ -22,4 +23,5 @@ __all__ = [
     "ReleaseGradients",
     "TokenDrop",
     "TokenDropCallback",
+    "TokenDropVisualizer",
 ]

@@ -16,6 +16,13 @@ from lightning_bsr.functional._release import ReleasedGradients, release_gradien
 from lightning_bsr.functional._scores import cls_scores, mean_scores, random_scores
 from lightning_bsr.functional._select import BlockSelection, select_blocks_
 from lightning_bsr.functional._side import SideNetwork, SideNetworkHandle, install_side_network
+from lightning_bsr.functional._survivors import (
+    DropWatch,
+    SurvivorCounts,
+    Survivors,
+    find_survivors,
+    install_drop_watch,
+)
 from lightning_bsr.functional._token_drop import TokenDropHandle, install_token_drop
 from lightning_bsr.functional._tokens import drop_tokens, fuse_tokens, num_kept_tokens
 from lightning_bsr.functional._unread import install_unread_skip
@@ -25,6 +32,7 @@ __all__ = [
     "BlockForwardsHandle",
     "BlockSelection",
     "Delta",
+    "DropWatch",
     "HalfPolicies",
     "LeanPolicy",
     "LoadedDelta",
@@ -34,14 +42,18 @@ __all__ = [
     "ReleasedGradients",
     "SideNetwork",
     "SideNetworkHandle",
+    "SurvivorCounts",
+    "Survivors",
     "TokenDropHandle",
     "attention_gradients",
     "cls_scores",
     "cosine_keep_rate",
     "drop_tokens",
+    "find_survivors",
     "fuse_tokens",
     "install_attention_by_products",
     "install_checkpointing",
+    "install_drop_watch",
     "install_int8_activations",
     "install_lean_activations",
     "install_lora",

@@ -1,7 +1,7 @@
 """The forwards of a ViT that drops tokens: of the blocks that do, and of those that come after them."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +18,10 @@ from lightning_bsr.vit import BlockSpec, TokenTable
 
 Score = Literal["auto", "cls", "mean", "random"]
 RESTORES, SKIPS = "puts dropped tokens back to their places", "gives the prefix tokens alone"
+
+DROP_OBSERVERS: list[Callable[[nn.Module, torch.Tensor, torch.Tensor, bool], None]] = []
+"""Each is called with a block that drops, the scores of its patch tokens ``[B, M]``, which of them are kept ``[B, K]``,
+and whether the others are fused."""
 
 
 class Drop(NamedTuple):
@@ -107,6 +111,8 @@ class TokenDropForward(BlockForward):
         whole = self.spec.is_one_branch
         y, scores, masked = self.run_half("attn", partial(self._attend, positions, args, kwargs), x)
         order = order_tokens(scores)
+        for observe in DROP_OBSERVERS:
+            observe(self.block, scores, order[:, :num_kept], self.fuse)
         x = y if whole else x + y
         gone = order[:, num_kept:] if self.restore else None
         leaving = None if gone is None else take_tokens(x, gone + self.num_prefix_tokens)

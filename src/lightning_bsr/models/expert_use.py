@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_bsr._errors import ConfigurationError
+from lightning_bsr.callbacks._figures import figure_folder, publish_figure
+from lightning_bsr.drawing._figure import styled_figure
 from lightning_bsr.models.experts import Experts, find_experts
 
 if TYPE_CHECKING:
@@ -34,28 +35,22 @@ def draw_expert_use(experts: Experts) -> "Figure":
         >>> [axes.get_title() for axes in draw_expert_use(experts).axes][:2]
         ['block 1', 'block 5']
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigurationError(
-            'Drawing needs matplotlib, which is not installed: pip install "lightning-bsr[plots]".'
-        ) from error
     use = experts.use()
     names = next(iter(experts.layers.values())).tasks or ("all tasks",)
     num_experts = next(iter(use.values())).shape[1]
     size = (1.5 + 0.35 * num_experts, 0.6 + len(use) * (0.9 + 0.35 * len(names)))
-    figure = Figure(figsize=size, layout="constrained")
-    highest = max(float(shares.max()) for shares in use.values())
-    panels = figure.subplots(len(use), squeeze=False)[:, 0]
-    for axes, (index, shares) in zip(panels, use.items(), strict=True):
-        image = axes.imshow(
-            shares.numpy(force=True), aspect="auto", cmap="viridis", vmin=0, vmax=max(highest, 1 / num_experts)
-        )
-        axes.set_title(f"block {index}")
-        axes.set_yticks(range(len(names)), names)
-        axes.set_xticks(range(num_experts))
-    panels[-1].set_xlabel("expert")
-    figure.colorbar(image, ax=list(panels), label=f"share of a task's tokens (even: {1 / num_experts:.3f})")
+    with styled_figure(*size) as figure:
+        highest = max(float(shares.max()) for shares in use.values())
+        panels = figure.subplots(len(use), squeeze=False)[:, 0]
+        for axes, (index, shares) in zip(panels, use.items(), strict=True):
+            image = axes.imshow(
+                shares.numpy(force=True), aspect="auto", cmap="viridis", vmin=0, vmax=max(highest, 1 / num_experts)
+            )
+            axes.set_title(f"block {index}")
+            axes.set_yticks(range(len(names)), names)
+            axes.set_xticks(range(num_experts))
+        panels[-1].set_xlabel("expert")
+        figure.colorbar(image, ax=list(panels), label=f"share of a task's tokens (even: {1 / num_experts:.3f})")
     return figure
 
 
@@ -63,7 +58,8 @@ class DrawExpertUse(Callback):
     """Draws which experts the tasks use, when a validation or a test ends, as ``experts-<val or test>.png``.
 
     The module counts anew when a validation or test begins, as :class:`lightning_bsr.MultiTaskClassifier` does; else
-    all passes since the last are in the figure. A later validation replaces the figure of an earlier one.
+    all passes since the last are in the figure. A later validation replaces the figure of an earlier one. It also goes
+    to a TensorBoard, W&B or MLflow logger of the Trainer.
 
     Args:
         folder: Where to write; the Trainer's log folder by default.
@@ -93,7 +89,7 @@ class DrawExpertUse(Callback):
         self._draw(trainer, pl_module, "test")
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = figure_folder(trainer, self.folder)
         if trainer.is_global_zero:
-            folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            draw_expert_use(find_experts(pl_module, vit=self.vit)).savefig(folder / f"experts-{stage}.png", dpi=120)
+            figure = draw_expert_use(find_experts(pl_module, vit=self.vit))
+            publish_figure(trainer, folder, f"experts-{stage}", figure)

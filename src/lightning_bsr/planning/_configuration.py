@@ -19,11 +19,12 @@ from lightning_bsr.callbacks import (
     LeanActivations,
     QuantizeFrozen,
     TokenDrop,
+    TokenDropVisualizer,
 )
 from lightning_bsr.methods import FineTune
 from lightning_bsr.planning._settings import PlanSettings
 
-_WRITES_OR_PRINTS = (Checkpoint, ModelSummary, ProgressBar, ActivationMemoryMonitor)
+_WRITES_OR_PRINTS = (Checkpoint, ModelSummary, ProgressBar, ActivationMemoryMonitor, TokenDropVisualizer)
 _CHOSEN = (ActivationCheckpoint, BlockSelect, FineTune, LeanActivations, TokenDrop)
 _QUIET: dict[str, Any] = {
     "enable_checkpointing": False,
@@ -48,21 +49,40 @@ def planning_configuration(cli: LightningCLI) -> Iterator[None]:
     Raises:
         ConfigurationError: An option is wrong.
     """
-    section = cli.config[str(cli.subcommand)]
-    settings = PlanSettings.of(section.as_dict())
-    given, save_config_callback = section["trainer"], cli.save_config_callback
-    # Some callbacks refuse to be without a logger.
-    logger = {"class_path": "lightning.pytorch.loggers.logger.DummyLogger", "init_args": {}}
-    quiet = given.clone()
-    quiet.update(dict_to_namespace({**_QUIET, "logger": logger, "devices": _one_device(given["devices"])}))
+    settings = PlanSettings.of(cli.config[str(cli.subcommand)].as_dict())
     # What is frozen is not known before the choice.
-    leave_out = _WRITES_OR_PRINTS + ((*_CHOSEN, QuantizeFrozen) if settings.chooses else ())
-    quiet["callbacks"] = [entry for entry in _listed(given["callbacks"]) if not _is_a(entry, leave_out)]
+    with (
+        quiet_configuration(cli, (*_CHOSEN, QuantizeFrozen) if settings.chooses else ()),
+        # Standard output is for the figures alone, whatever the model and the data have to say.
+        contextlib.redirect_stdout(sys.stderr) if settings.quiet else contextlib.nullcontext(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def quiet_configuration(
+    cli: LightningCLI, leave_out: tuple[type, ...] = (), *, keep_logger: bool = False
+) -> Iterator[None]:
+    """While the context lasts, ``cli`` makes a Trainer for one device that prints and writes nothing by itself.
+
+    Args:
+        cli: A command line that has parsed its arguments but made nothing yet.
+        leave_out: Kinds of callbacks to leave out beside those that write or print.
+        keep_logger: Whether a logger that the configuration names stays.
+    """
+    section = cli.config[str(cli.subcommand)]
+    given, save_config_callback = section["trainer"], cli.save_config_callback
+    changes: dict[str, Any] = {**_QUIET, "devices": _one_device(given["devices"])}
+    if not keep_logger or isinstance(given["logger"], (bool, type(None))):
+        # Some callbacks refuse to be without a logger.
+        changes["logger"] = {"class_path": "lightning.pytorch.loggers.logger.DummyLogger", "init_args": {}}
+    quiet = given.clone()
+    quiet.update(dict_to_namespace(changes))
+    left = (*_WRITES_OR_PRINTS, *leave_out)
+    quiet["callbacks"] = [entry for entry in _listed(given["callbacks"]) if not _is_a(entry, left)]
     section["trainer"], cli.save_config_callback = quiet, None
     try:
-        # Standard output is for the figures alone, whatever the model and the data have to say.
-        with contextlib.redirect_stdout(sys.stderr) if settings.quiet else contextlib.nullcontext():
-            yield
+        yield
     finally:
         section["trainer"], cli.save_config_callback = given, save_config_callback
 

@@ -196,6 +196,18 @@ def num_patch_tokens(vit: nn.Module) -> int | None:
     return (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) else None
 
 
+def patch_size_of(vit: nn.Module) -> tuple[int, int] | None:
+    """Return the height and width of a ViT's patches in pixels, if it says so."""
+    config, embed = getattr(vit, "config", None), getattr(vit, "patch_embed", None)
+    for holder in (embed, vit, config):
+        size = getattr(holder, "patch_size", None)
+        if isinstance(size, int):
+            return size, size
+        if isinstance(size, (tuple, list)) and len(size) == 2:
+            return size[0], size[1]
+    return None
+
+
 def width_of(vit: nn.Module) -> int | None:
     """Return how many channels a token of a ViT has, if it says so."""
     config = getattr(vit, "config", None)

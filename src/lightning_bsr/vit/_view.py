@@ -1,5 +1,6 @@
 """A ViT as the rest of the package sees it: its blocks, its prefix tokens, what comes after the blocks."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
@@ -7,7 +8,7 @@ from numbers import Integral
 from torch import nn
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.vit._owners import Places, num_patch_tokens, width_of
+from lightning_bsr.vit._owners import Places, num_patch_tokens, patch_size_of, width_of
 from lightning_bsr.vit._spec import BlockSpec
 
 
@@ -80,6 +81,40 @@ class ViTView:
     def width(self) -> int | None:
         """How many channels a token has, or ``None`` where the model does not say."""
         return width_of(self.trunk)
+
+    def patch_grid(self, num_patches: int, height: int, width: int) -> tuple[int, int]:
+        """Say in how many rows and columns the patches of an image lie.
+
+        Args:
+            num_patches: How many there are.
+            height: Height of the image in pixels.
+            width: Its width.
+
+        Raises:
+            ConfigurationError: If no grid of so many patches has the shape of the image.
+
+        Example:
+            >>> import timm
+            >>> from lightning_bsr.vit import find_vit
+            >>> find_vit(timm.create_model("test_vit")).patch_grid(50, 80, 160)
+            (5, 10)
+        """
+        if size := patch_size_of(self.trunk):
+            rows, columns = math.ceil(height / size[0]), math.ceil(width / size[1])
+            if rows * columns == num_patches:
+                return rows, columns
+
+        # Patches that a stem of convolutions makes, or of an image that the module has resized, are about square.
+        def stretch(rows: int) -> float:
+            return abs(math.log(rows / (num_patches // rows) * width / height))
+
+        rows = min((rows for rows in range(1, num_patches + 1) if num_patches % rows == 0), key=stretch)
+        if stretch(rows) > math.log(1.5):
+            raise ConfigurationError(
+                f"The {self.name} makes {num_patches} patches of an image of {height} x {width} pixels, which fill no "
+                "grid of that shape."
+            )
+        return rows, num_patches // rows
 
     def block_indices(self, blocks: Iterable[int], argument: str = "blocks") -> list[int]:
         """Turn block numbers, which may be negative, into sorted positions.

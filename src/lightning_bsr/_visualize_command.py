@@ -1,0 +1,163 @@
+"""The ``visualize`` subcommand: pictures of what a configured model drops, and of what its training step keeps."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+from torch.utils.data import DataLoader
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+from lightning_bsr._errors import ConfigurationError
+from lightning_bsr.callbacks import TokenDropVisualizer
+from lightning_bsr.callbacks._figures import publish_figure
+from lightning_bsr.data._pictures import load_rgb
+from lightning_bsr.drawing import plot_blocks
+from lightning_bsr.drawing._figure import require_matplotlib
+from lightning_bsr.memory import MemoryReport
+from lightning_bsr.planning import FitPlanner, FitStep
+from lightning_bsr.planning._configuration import quiet_configuration
+from lightning_bsr.vit import find_vit
+
+
+class VisualizeCommand(Trainer):
+    """A Trainer with the method that LightningCLI turns into ``lightning-bsr visualize``."""
+
+    def visualize(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        output: str = "figures",
+        pictures: list[str] | str | None = None,
+        num_images: int = 8,
+        overwrite: bool = False,
+        vit: str | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Draw which patches survive each drop, by what scores, where in each class, and what a step keeps by block.
+
+        Args:
+            model: The configured module.
+            datamodule: The configured data, whose validation pictures are drawn.
+            output: Folder for the PNG files.
+            pictures: Picture files, or folders of them, to draw instead of the validation pictures.
+            num_images: How many pictures to draw; of validation pictures one of each class before a second of any.
+            overwrite: Whether files that exist may be replaced.
+            vit: Dotted path of the ViT, for when the module holds several.
+            ckpt_path: A checkpoint with trained weights; without it the weights are those that fit would start from.
+            weights_only: Whether the checkpoint may hold nothing but plain data, as fit has it.
+        """
+        planner: FitPlanner[MemoryReport | ConfigurationError] = FitPlanner(lambda step: _plan(step, vit))
+        visualizer = TokenDropVisualizer(output, num_images=num_images, vit=vit)
+        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]  # set by one of the Trainer's connectors
+        callbacks.append(planner)
+        self.fit(model, datamodule=datamodule)
+        callbacks[-1] = visualizer
+        if pictures is None:
+            self.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only, verbose=False)
+        else:
+            with _predicting_on_images(model, vit):
+                loader = _load(_files_of(pictures)[:num_images], model, datamodule, vit)
+                self.predict(model, loader, ckpt_path=ckpt_path, weights_only=weights_only, return_predictions=False)
+        if not visualizer.files:
+            raise ConfigurationError("No picture was drawn: no block drops tokens; add TokenDrop to trainer.callbacks.")
+        files = list(visualizer.files)
+        if isinstance(planner.result, MemoryReport):
+            files.append(publish_figure(self, Path(output), "memory-by-block", plot_blocks(planner.result)))
+        else:
+            print(f"The memory of a step is not drawn. {planner.result or 'fit would train on no batch.'}")
+        print(f"Written: {', '.join(map(str, files))}.")
+
+
+@contextlib.contextmanager
+def visualizing_configuration(cli: LightningCLI) -> Iterator[None]:
+    """Check the options of ``visualize``; while the context lasts, ``cli`` makes a Trainer that writes nothing else.
+
+    Args:
+        cli: A command line that has parsed its arguments but made nothing yet.
+
+    Raises:
+        ConfigurationError: An option is wrong, or matplotlib is not installed.
+    """
+    options = cli.config[str(cli.subcommand)]
+    require_matplotlib()
+    if options["num_images"] < 1:
+        raise ConfigurationError(f"num_images is {options['num_images']}, expected 1 or more.")
+    output = Path(options["output"])
+    if output.exists() and not output.is_dir():
+        raise ConfigurationError(f"output is {options['output']!r}, which is a file, expected a folder.")
+    present = sorted(file.name for file in output.glob("*.png"))
+    if present and not options["overwrite"]:
+        raise ConfigurationError(
+            f"output is {options['output']!r}, which holds {present[0]} already; with --overwrite true files of the "
+            "same names are replaced."
+        )
+    if options["pictures"] is not None:
+        _files_of(options["pictures"])
+    with quiet_configuration(cli, keep_logger=True):
+        yield
+
+
+def _plan(step: FitStep, vit: str | None) -> MemoryReport | ConfigurationError:
+    try:
+        return step.plan(vit=vit)
+    except ConfigurationError as error:
+        return error
+
+
+def _files_of(pictures: Sequence[str] | str) -> list[Path]:
+    files: list[Path] = []
+    for name in [pictures] if isinstance(pictures, str) else pictures:
+        path = Path(name)
+        if not path.exists():
+            raise ConfigurationError(f"pictures has {name!r}, but there is no such file or folder.")
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found = [file for file in found if file.suffix.lower() in IMG_EXTENSIONS]
+        if not found:
+            raise ConfigurationError(f"pictures has {name!r}, expected files that end in {', '.join(IMG_EXTENSIONS)}.")
+        files += found
+    return files
+
+
+def _load(
+    files: Sequence[Path], model: LightningModule, datamodule: LightningDataModule | None, vit: str | None
+) -> DataLoader[Any]:
+    """Give one batch of pictures as the data module's own, or else the ViT's pretrained_cfg, would have them."""
+    own: Mapping[str, Any] = getattr(find_vit(model, vit).model, "pretrained_cfg", None) or {}
+    default = {"img_size": own.get("input_size", (3, 224, 224))[1:], "mean": own.get("mean"), "std": own.get("std")}
+    size, mean, std = (getattr(datamodule, name, None) or value for name, value in default.items())
+    if mean is None or std is None:
+        raise ConfigurationError(
+            f"Neither the data ({type(datamodule).__name__}) nor the model says by what mean and std pictures are "
+            "normalised; leave pictures out, or give the data module mean and std."
+        )
+    transform = v2.Compose(
+        [
+            v2.Resize((size, size) if isinstance(size, int) else tuple(size), antialias=True),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(mean, std),
+            v2.ToPureTensor(),
+        ]
+    )
+    images = [transform(load_rgb(file)) for file in files]
+    return DataLoader(images, batch_size=len(images))  # type: ignore[arg-type]  # a list is a dataset
+
+
+@contextlib.contextmanager
+def _predicting_on_images(model: LightningModule, vit: str | None) -> Iterator[None]:
+    """While the context lasts, let the module's prediction be what its ViT makes of a batch of images alone."""
+    before = vars(model).get("predict_step")
+    model.predict_step = lambda images, *_: find_vit(model, vit).model(images)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.predict_step
+        else:
+            model.predict_step = before  # type: ignore[method-assign]
