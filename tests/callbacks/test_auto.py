@@ -88,7 +88,9 @@ def test_auto__is_saved_resumed_and_merged_as_a_delta(make_trainer, images, tmp_
     merged = [merge_delta(Small(), tmp_path / folder / "step=8.safetensors") for folder in "02"]
     for name, tensor in whole.state_dict().items():
         assert all(torch.equal(other[name], tensor) for other in (resumed.state_dict(), *merged)), name
-    saved = {name.split(".")[2] for name in read_delta(tmp_path / "0" / "step=8.safetensors").tensors if "blocks" in name}
+    saved = {
+        name.split(".")[2] for name in read_delta(tmp_path / "0" / "step=8.safetensors").tensors if "blocks" in name
+    }
     assert saved == set(map(str, chosen.blocks)) != set("0123")
 
 

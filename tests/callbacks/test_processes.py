@@ -159,7 +159,9 @@ def test_ddp__a_delta_is_saved_resumed_and_merged(make_trainer, tmp_path):
     for run in ("whole", "resumed"):
         names = sorted(path.name for path in (tmp_path / run).iterdir())
         assert names == [
-            f"step={step}.{ending}" for step in ((2, 4) if run == "whole" else (4,)) for ending in ("ckpt", "safetensors")
+            f"step={step}.{ending}"
+            for step in ((2, 4) if run == "whole" else (4,))
+            for ending in ("ckpt", "safetensors")
         ]
 
 
