@@ -3,21 +3,16 @@
 A block is left out by a comment directly above it that says why: ``<!-- not run: needs a download -->``.
 """
 
-import re
-import shlex
-from dataclasses import dataclass
-from pathlib import Path
-
 import pytest
 import yaml
 
 import lightning_bsr.vit._blocks as blocks_table
 from lightning_bsr.cli import main
+from pages import ROOT, blocks_of, commands_in
 
-ROOT = Path(__file__).parents[1]
+TUTORIAL = ROOT / "docs" / "tutorial.md"  # run as a whole by test_tutorial.py
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
-FENCE = re.compile(r"^( *)(`{3,})(\w+)[^\n]*\n(.*?)^\1\2 *$", re.DOTALL | re.MULTILINE)
-NOT_RUN = re.compile(r"<!-- not run: (.*) -->\n*\Z")
+PAGES.remove(TUTORIAL)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:LightningCLI's args parameter is intended to run from within Python",  # with pytest's sys.argv
@@ -25,30 +20,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Checkpoint directory .* exists and is not empty",  # pages that resume a run
     "ignore:You defined a `validation_step` but have no `val_dataloader`",  # pages that only train
 )
-
-
-@dataclass
-class Block:
-    """A fenced block of a page."""
-
-    language: str
-    code: str
-    line: int  # of its first line of code
-    not_run: bool
-
-
-def blocks_of(page, *languages):
-    text = page.read_text(encoding="utf-8")
-    return [
-        Block(
-            language=match[3],
-            code=re.sub(f"^{match[1]}", "", match[4], flags=re.MULTILINE),
-            line=text.count("\n", 0, match.start()) + 2,
-            not_run=NOT_RUN.search(text, 0, match.start()) is not None,
-        )
-        for match in FENCE.finditer(text)
-        if match[3] in languages
-    ]
 
 
 def pages_with(*languages):
@@ -62,12 +33,9 @@ def configurations_of(page):
 
 
 def commands_of(page):
-    """The arguments of each ``lightning-bsr`` command, whose lines may be continued with a backslash."""
     for block in blocks_of(page, "bash"):
         if not block.not_run:
-            for command in block.code.replace("\\\n", " ").splitlines():
-                if command.startswith("lightning-bsr "):
-                    yield shlex.split(command)[1:]
+            yield from commands_in(block.code)
 
 
 def parse(arguments, monkeypatch):

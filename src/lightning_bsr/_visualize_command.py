@@ -1,6 +1,7 @@
 """The ``visualize`` subcommand: pictures of what a configured model drops, and of what its training step keeps."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,16 @@ class VisualizeCommand(Trainer):
         callbacks.append(planner)
         self.fit(model, datamodule=datamodule)
         callbacks[-1] = visualizer
-        if pictures is None:
-            self.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only, verbose=False)
-        else:
-            with _predicting_on_images(model, vit):
+        loading: dict[str, Any] = {"ckpt_path": ckpt_path, "weights_only": weights_only}
+        with warnings.catch_warnings():
+            # Those that wrote the checkpoint are left out here on purpose.
+            warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create")
+            if pictures is None:
+                self.validate(model, datamodule=datamodule, verbose=False, **loading)
+            else:
                 loader = _load(_files_of(pictures)[:num_images], model, datamodule, vit)
-                self.predict(model, loader, ckpt_path=ckpt_path, weights_only=weights_only, return_predictions=False)
+                with _predicting_on_images(model, vit):
+                    self.predict(model, loader, return_predictions=False, **loading)
         if not visualizer.files:
             raise ConfigurationError("No picture was drawn: no block drops tokens; add TokenDrop to trainer.callbacks.")
         files = list(visualizer.files)

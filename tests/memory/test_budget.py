@@ -71,7 +71,7 @@ def test_fit_budget__more_memory_is_never_worth_less():
 
 
 def test_fit_budget__without_recomputation_and_drops_only_blocks_are_chosen():
-    model = tiny_vit(depth=4)
+    model = tiny_vit()
     full = plan(model, batches()[0], forward=loss_of(model)).activations
     found = fit(model, full // 4, kind="activations", recompute=False, keep_rates=())
     assert not found.choice.drop
@@ -179,7 +179,7 @@ def test_fit_budget__mistakes(change, message):
 
 def test_fit_budget__whatever_the_budget_what_is_found_fits():
     # Where the single blocks foretell a little too little, the search must go on to smaller ones, not give up.
-    model = tiny_vit(depth=4)
+    model = tiny_vit()
     everything = torch.optim.AdamW(model.parameters())
     worths = []
     for budget in range(600_000, 2_600_000, 500_000):
@@ -204,14 +204,14 @@ def test_fit_budget__loss_that_tells_nothing():
 
 
 def test_fit_budget__refuses_a_model_with_blocks_selected_already():
-    model = tiny_vit(depth=4)
+    model = tiny_vit()
     select_blocks_(model, [5])
     with pytest.raises(ConfigurationError, match="has its blocks selected already"):
         fit(model, "1MiB")
 
 
 def test_block_costs__add_up_to_the_whole_model():
-    model = tiny_vit(depth=4)
+    model = tiny_vit()
     view = find_vit(model)
     costs = BlockCosts(view, 8, 32, torch.float32, None, {})
     exact, again = {"attn": "exact", "mlp": "exact"}, {"attn": "exact", "mlp": "recompute"}
