@@ -139,6 +139,9 @@ class CompilesItsViT(BuildsInConfigureModel):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # torch's, when log breaks a graph
 @pytest.mark.parametrize(
     "make",
     [
