@@ -6,14 +6,15 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_bsr._merge_command import MergeCommand
 from lightning_bsr.comparison import CompareCommand
+from lightning_bsr.export._command import ExportCommand, exporting_configuration
 from lightning_bsr.planning._command import PlanCommand
 from lightning_bsr.planning._configuration import planning_configuration
 
-SUBCOMMANDS = {name: {"model", "datamodule"} for name in ("compare", "merge", "plan")}
+SUBCOMMANDS = {name: {"model", "datamodule"} for name in ("compare", "export", "merge", "plan")}
 """Each subcommand with the arguments that are no options, as ``LightningCLI.subcommands`` returns them."""
 
 
-class CommandTrainer(PlanCommand, CompareCommand, MergeCommand):
+class CommandTrainer(PlanCommand, CompareCommand, ExportCommand, MergeCommand):
     """A Trainer that can also do what this package's subcommands ask for; the command line makes it."""
 
 
@@ -23,4 +24,5 @@ def instantiating(cli: LightningCLI) -> contextlib.AbstractContextManager[None]:
     Args:
         cli: A command line that has parsed its arguments.
     """
-    return planning_configuration(cli) if cli.subcommand == "plan" else contextlib.nullcontext()
+    contexts = {"plan": planning_configuration, "export": exporting_configuration}
+    return contexts.get(str(cli.subcommand), lambda cli: contextlib.nullcontext())(cli)
