@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "models": {"_errors", "vit", "functional"},
     "data": {"_errors", "memory"},
     "planning": {"_errors", "_cli_configuration", "_version", "vit", "functional", "memory", "callbacks", "methods"},
-    "export": {"_errors", "functional", "callbacks"},
+    "export": {"_errors", "vit", "functional", "callbacks"},
     "comparison": {
         "_errors",
         "_cli_configuration",

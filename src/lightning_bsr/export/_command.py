@@ -1,6 +1,7 @@
 """The ``export`` subcommand: the module that ``validate`` would run, with everything attached, written to a file."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from jsonargparse import dict_to_namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
@@ -19,6 +21,7 @@ from lightning_bsr.export._export import Exported, check_path, export_model
 from lightning_bsr.export._formats import Format, check_format
 from lightning_bsr.export._ties import token_drops
 from lightning_bsr.functional import load_delta, merge_delta
+from lightning_bsr.vit import find_vit
 
 _MIN_PICTURES = 16
 _TRAINER: dict[str, Any] = {
@@ -48,6 +51,8 @@ class ExportCommand(Trainer):
         format: Format | None = None,
         batch_size: int = 1,
         overwrite: bool = False,
+        delta: str | None = None,
+        vit: str | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -60,7 +65,9 @@ class ExportCommand(Trainer):
             format: onnx, pt2 or executorch; by default as the file's name ends.
             batch_size: Images that the file takes at a time, always as many.
             overwrite: Whether the output may be replaced.
-            ckpt_path: A checkpoint of fit, or a delta file (.safetensors) of what was trained from the configured model.
+            delta: A file of DeltaCheckpoint (.safetensors), whose base is the configured model.
+            vit: Dotted path of the ViT that is exported where the module has no forward and holds several.
+            ckpt_path: A checkpoint of fit.
             weights_only: As validate has it.
         """
         path = Path(output)
@@ -68,11 +75,12 @@ class ExportCommand(Trainer):
         check_path(path, overwrite=overwrite)
         if batch_size < 1:
             raise ConfigurationError(f"batch_size is {batch_size}, expected 1 or more.")
-        delta = ckpt_path if ckpt_path is not None and ckpt_path.endswith(".safetensors") else None
-        exporter = _Exporter(path, format, batch_size, overwrite, delta)
+        exporter = _Exporter(path, format, batch_size, overwrite, delta, vit)
         self.callbacks.append(exporter)  # type: ignore[attr-defined]  # set by one of the Trainer's connectors
-        ckpt_path = None if delta else ckpt_path
-        self.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=weights_only)
+        with warnings.catch_warnings():
+            # No checkpoint is written.
+            warnings.filterwarnings("ignore", "The dirpath has changed from")
+            self.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=weights_only)
         if exporter.exported is None:
             raise ConfigurationError("There is no validation data to check the exported model on.")
         if not exporter.drops:
@@ -83,12 +91,15 @@ class ExportCommand(Trainer):
 class _Exporter(Callback):
     """Exports when all callbacks have attached and the weights are there, before the first validation batch."""
 
-    def __init__(self, path: Path, format: Format, batch_size: int, overwrite: bool, delta: str | None) -> None:
+    def __init__(
+        self, path: Path, format: Format, batch_size: int, overwrite: bool, delta: str | None, vit: str | None
+    ) -> None:
         self.path = path
         self.format: Format = format
         self.batch_size = batch_size
         self.overwrite = overwrite
         self.delta = delta
+        self.vit = vit
         self.exported: Exported | None = None
         self.drops = False
 
@@ -101,9 +112,9 @@ class _Exporter(Callback):
                 print(load_delta(pl_module, self.delta))
             self.drops = bool(token_drops(pl_module))
             example, *more = self._pictures(trainer, pl_module)
-            self.exported = export_model(
-                pl_module, example, self.path, self.format, check=more, overwrite=self.overwrite
-            )
+            has_forward = is_overridden("forward", pl_module)
+            module = pl_module if has_forward else find_vit(pl_module, self.vit).model
+            self.exported = export_model(module, example, self.path, self.format, check=more, overwrite=self.overwrite)
 
     def _pictures(self, trainer: Trainer, pl_module: LightningModule) -> list[Tensor]:
         wanted = max(self.batch_size, _MIN_PICTURES)

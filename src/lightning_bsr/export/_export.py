@@ -3,7 +3,6 @@
 import copy
 import inspect
 import math
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,7 +119,7 @@ def export_model(
                 f"most {tolerance:g}; '{path}' is not written."
             )
         num_bytes = written.stat().st_size
-        os.replace(written, path)
+        written.replace(path)
     return Exported(path, format, num_bytes, shapes, difference, compared, ties)
 
 

@@ -116,9 +116,7 @@ FORMATS: dict[Format, FileFormat] = {
         ".onnx", ("onnx", "onnxscript", "onnxruntime"), "lightning-bsr[export]", _write_onnx, _load_onnx
     ),
     "pt2": FileFormat(".pt2", (), "", _write_pt2, _load_pt2),
-    "executorch": FileFormat(
-        ".pte", ("executorch",), "lightning-bsr[executorch]", _write_executorch, _load_executorch
-    ),
+    "executorch": FileFormat(".pte", ("executorch",), "lightning-bsr[executorch]", _write_executorch, _load_executorch),
 }
 
 
