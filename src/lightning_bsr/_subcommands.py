@@ -7,14 +7,15 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_bsr._merge_command import MergeCommand
 from lightning_bsr._visualize_command import VisualizeCommand, visualizing_configuration
 from lightning_bsr.comparison import CompareCommand
+from lightning_bsr.export._command import ExportCommand, exporting_configuration
 from lightning_bsr.planning._command import PlanCommand
 from lightning_bsr.planning._configuration import planning_configuration
 
-SUBCOMMANDS = {name: {"model", "datamodule"} for name in ("compare", "merge", "plan", "visualize")}
+SUBCOMMANDS = {name: {"model", "datamodule"} for name in ("compare", "export", "merge", "plan", "visualize")}
 """Each subcommand with the arguments that are no options, as ``LightningCLI.subcommands`` returns them."""
 
 
-class CommandTrainer(PlanCommand, CompareCommand, MergeCommand, VisualizeCommand):
+class CommandTrainer(PlanCommand, CompareCommand, ExportCommand, MergeCommand, VisualizeCommand):
     """A Trainer that can also do what this package's subcommands ask for; the command line makes it."""
 
 
@@ -24,6 +25,10 @@ def instantiating(cli: LightningCLI) -> contextlib.AbstractContextManager[None]:
     Args:
         cli: A command line that has parsed its arguments.
     """
-    contexts = {"plan": planning_configuration, "visualize": visualizing_configuration}
+    contexts = {
+        "export": exporting_configuration,
+        "plan": planning_configuration,
+        "visualize": visualizing_configuration,
+    }
     context = contexts.get(str(cli.subcommand))
     return contextlib.nullcontext() if context is None else context(cli)

@@ -77,12 +77,15 @@ def first_batches(trainer: Trainer, pl_module: LightningModule, loaders: Any, co
         loaders: One loader of training batches, or a collection of them.
         count: How many batches.
     """
+    return list(islice(load_batches(trainer, pl_module, loaders), count))
+
+
+def load_batches(trainer: Trainer, pl_module: LightningModule, loaders: Any) -> Iterator[Any]:
+    """Load batches one by one as the Trainer's loops would; for the arguments see :func:`first_batches`."""
     combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
     plugin, strategy = trainer.precision_plugin, trainer.strategy
-    return [
-        strategy.batch_to_device(plugin.convert_input(batch), pl_module.device)
-        for batch, _, _ in islice(iter(combined), count)
-    ]
+    for batch, _, _ in iter(combined):
+        yield strategy.batch_to_device(plugin.convert_input(batch), pl_module.device)
 
 
 def optimizers_over_all(pl_module: LightningModule) -> list[torch.optim.Optimizer]:
