@@ -1,22 +1,48 @@
-"""Runs a function in two processes of one group on the CPU, started as torchrun starts them."""
+"""Runs functions in processes of their own, started from one that has trained nothing and has no threads.
 
+Forking the process of the tests, which has threads, may never end, and autograd refuses to run in what was forked
+after it had started threads.
+"""
+
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
+import sys
 
+import cloudpickle
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def in_two_processes(function, folder):
-    """Call ``function(rank)`` in each process and return what they gave, in the order of the ranks.
+def fork_server():
+    """Give the context of multiprocessing whose processes are forked from a server that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killed_runs"])
+    with pytest.MonkeyPatch.context() as patch:
+        # The server of Python 3.11 does not look where its parent does, and says nothing if it finds nothing to import.
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        multiprocessing.forkserver.ensure_running()
+    return context
 
-    The processes are forked, which needs no second import of everything, and what they raise is raised here.
+
+def in_two_processes(function, folder):
+    """Call ``function(rank)`` in two processes of one group on the CPU, started as torchrun starts them.
+
+    Returns what they gave, in the order of the ranks; what they raise is raised here.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(_run, (function, port, folder), nprocs=2, start_method="fork")
+    fork_server()
+    # The functions are closures of tests, whose modules other processes cannot import.
+    for name, module in list(sys.modules.items()):
+        if name == function.__module__ or name.endswith("conftest"):
+            cloudpickle.register_pickle_by_value(module)
+    arguments = (cloudpickle.dumps(function), port, folder)
+    mp.start_processes(_run, arguments, nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -33,5 +59,5 @@ def _run(rank, function, port, folder):
     }
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    torch.save(function(rank), folder / f"{rank}.pt")
+    torch.save(cloudpickle.loads(function)(rank), folder / f"{rank}.pt")
     dist.destroy_process_group()

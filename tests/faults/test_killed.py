@@ -1,10 +1,7 @@
 """A run that is killed again and again, at any moment, ends with the weights of one that never was."""
 
-import multiprocessing
-import os
 import random
 import signal
-import sys
 import time
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 
 from killed_runs import BATCHES, EPOCHS, Small, run
 from lightning_bsr.functional import merge_delta, read_delta
+from processes import fork_server
 
 KILLS = 24
 
@@ -37,11 +35,8 @@ def receive(connection):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # a busy machine has much to do for each of the processes
-def test_killed_at_random_moments__ends_as_if_it_never_was(tmp_path, monkeypatch):
-    processes = multiprocessing.get_context("forkserver")
-    # The server of Python 3.11 does not look where its parent does, and says nothing if it finds nothing to import.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-    processes.set_forkserver_preload(["killed_runs"])
+def test_killed_at_random_moments__ends_as_if_it_never_was(tmp_path):
+    processes = fork_server()
     chance = random.Random(0)
     moments = [(("file", "wall")[number % 2], chance.randint(1, 30), chance.random()) for number in range(KILLS)]
     killed, while_saving, resumed_from, found = 0, 0, [], []
