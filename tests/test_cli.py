@@ -307,4 +307,12 @@ def test_errors_of_the_code__keep_their_traceback(monkeypatch, here):
 
     monkeypatch.setattr(CSVLogger, "log_hyperparams", broken)
     with pytest.raises(ValueError, match="not the user's fault"):
-        main(["fit", "--trainer.accelerator=cpu", "--trainer.max_epochs=1"])
+        main(
+            [
+                "fit",
+                "--trainer.accelerator=cpu",
+                "--trainer.max_epochs=1",
+                "--trainer.logger=CSVLogger",
+                "--trainer.logger.save_dir=.",
+            ]
+        )
