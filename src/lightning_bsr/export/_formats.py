@@ -20,6 +20,7 @@ Run = Callable[..., list[Tensor]]
 MAX_ONNX_BYTES = 2**31 - 2**24
 """Of weights in one ONNX file: protobuf admits 2 GiB, a little of which goes to the graph."""
 
+_OPSET = 18  # the lowest that torch writes without converting, for the oldest runtimes
 _aten = torch.ops.aten
 
 
@@ -56,6 +57,8 @@ def _write_onnx(program: ExportedProgram, path: Path) -> None:
         program.run_decompositions(_SORTS),
         dynamo=True,
         verbose=False,
+        opset_version=_OPSET,
+        optimize=True,
         input_names=["images", *names[1:]] if len(names) == 1 else None,
     )
     assert written is not None

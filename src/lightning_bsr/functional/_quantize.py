@@ -57,8 +57,10 @@ def dequantize_rows(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
         >>> dequantize_rows(torch.tensor([[-127, 50]], dtype=torch.int8), torch.tensor([[2.0]]))
         tensor([[-254.,  100.]])
     """
-    # In place, so that one copy of the weight is made; the product is computed in the wider of the two types.
-    return codes.to(dtype or scale.dtype).mul_(scale)
+    weight = codes.to(dtype or scale.dtype)
+    # In place, so that one copy of the weight is made; the product is computed in the wider of the two types. A
+    # compiler sees to that itself, and an exporter of torch 2.6 cannot write into what is made of a constant.
+    return (weight * scale).to(weight.dtype) if torch.compiler.is_compiling() else weight.mul_(scale)
 
 
 class _Linear(torch.autograd.Function):
