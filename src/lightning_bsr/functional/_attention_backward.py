@@ -84,7 +84,7 @@ class AttentionByProducts(TorchFunctionMode):
     Example:
         >>> q = torch.randn(1, 2, 5, 4, dtype=torch.bfloat16, requires_grad=True)
         >>> with AttentionByProducts():
-        ...     F.scaled_dot_product_attention(q, q, q).grad_fn.name()
+        ...     type(F.scaled_dot_product_attention(q, q, q).grad_fn).__name__
         '_AttentionBackward'
     """
 
