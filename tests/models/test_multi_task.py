@@ -23,6 +23,7 @@ from lightning_bsr import (
 )
 from lightning_bsr.models import draw_expert_use
 from lightning_bsr.planning import plan_fit
+from processes import in_two_processes
 
 TINY = {"depth": 3, "embed_dim": 48, "num_heads": 2}
 EXPERTS = {"blocks": [1, 2], "num_experts": 4, "top_k": 2}
@@ -136,6 +137,30 @@ def test_training_step__adds_up_weighted_losses_and_balance():
         expected = expected + 2.0 * model.experts.balance_loss()
     torch.testing.assert_close(total, expected)
     assert torch.equal(logged["train/loss"], total.detach())
+
+
+@pytest.mark.parametrize(
+    ("joint", "strategy"), [(True, "ddp"), (False, "ddp_find_unused_parameters_true")], ids=["joint", "in turns"]
+)
+def test_ddp__both_processes_train_the_same_weights(joint, strategy, make_trainer, tmp_path):
+    def fit(rank):
+        model = tiny()
+        # Parameters that get no gradient would make DDP fail in the next step.
+        limits = {"limit_train_batches": 2, "limit_val_batches": 0}
+        trainer = make_trainer(*levers(), devices=2, strategy=strategy, **limits)
+        trainer.fit(model, data(alpha=0, joint=joint))
+        return trainer.global_step, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    (steps, first), (_, second) = in_two_processes(fit, tmp_path)
+    assert steps == (2 if joint else 4)
+    before = tiny().state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in before)
+    changed = {
+        name.split(".")[2] for name in before if ".blocks." in name and not torch.equal(first[name], before[name])
+    }
+    assert changed == {"1", "2"}
+    for key in ("heads.0.weight", "heads.1.weight"):
+        assert not torch.equal(first[key], before[key])
 
 
 def test_training_step__learns_both_tasks():
