@@ -38,7 +38,7 @@ def main(images: str) -> None:
         subprocess.run([sys.executable, "-c", block("python")], cwd=folder, check=True)
         environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": f"{WIDTH}"}
         for title, command in SHOWN.items():
-            # Of fit, what is said before the progress bar.
+            # A progress bar is many lines over each other.
             quiet = ["--trainer.enable_progress_bar=false", "--trainer.max_epochs=1"] if title == "fit" else []
             done = subprocess.run(
                 [sys.executable, "-m", "lightning_bsr", *shlex.split(command)[1:], *quiet],
