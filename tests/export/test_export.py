@@ -1,9 +1,15 @@
 """``export_model``: what the file computes, what is constant in it, and what is refused."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import onnx
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 from lightning_bsr import ConfigurationError, DigitsDataModule, ViTClassifier
@@ -131,6 +137,7 @@ def test_onnx__holds_quantised_weights_as_they_are(pictures, tmp_path):
     assert exported.num_bytes < (tmp_path / "floats.onnx").stat().st_size - 2.5 * codes
 
 
+@pytest.mark.filterwarnings("ignore")  # executorch's own, of several kinds
 def test_executorch__computes_the_same(pictures, tmp_path):
     pytest.importorskip("executorch")
     exported = export_model(dropping(make_vit()), pictures[:2], tmp_path / "model.pte", check=[pictures[2:4]])
@@ -244,3 +251,17 @@ def test_export_model__names_packages_that_are_missing(pictures, tmp_path, monke
         with pytest.raises(ConfigurationError) as error:
             export_model(make_vit(), pictures[:1], tmp_path / f"model.{suffix}")
         assert str(error.value) == message
+
+
+def test_device_script__needs_neither_torch_nor_lightning(pictures, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "export.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```python\n(import numpy as np\nimport onnxruntime\n.*?)```", page, re.DOTALL)
+    model = dropping(make_vit())
+    export_model(model, pictures[:1], tmp_path / "model.onnx")
+    Image.new("RGB", (48, 40), "gray").save(tmp_path / "picture.png")
+    ending = "import sys\nprint(sorted({'torch', 'lightning', 'lightning_bsr', 'timm'} & {*sys.modules}))"
+    command = [sys.executable, "-c", script + ending]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    first, last = done.stdout.splitlines()
+    assert re.fullmatch(r"class [0-3]", first)
+    assert last == "[]"
