@@ -158,11 +158,11 @@ def _load(
 def _predicting_on_images(model: LightningModule, vit: str | None) -> Iterator[None]:
     """While the context lasts, let the module's prediction be what its ViT makes of a batch of images alone."""
     before = vars(model).get("predict_step")
-    model.predict_step = lambda images, *_: find_vit(model, vit).model(images)  # type: ignore[method-assign]
+    model.predict_step = lambda images, *_: find_vit(model, vit).model(images)  # type: ignore[method-assign]  # on this instance only
     try:
         yield
     finally:
         if before is None:
             del model.predict_step
         else:
-            model.predict_step = before  # type: ignore[method-assign]
+            model.predict_step = before  # type: ignore[method-assign]  # it was the instance's own

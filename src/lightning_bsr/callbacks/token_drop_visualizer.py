@@ -162,29 +162,7 @@ class TokenDropVisualizer(Callback):
     ) -> None:
         self._look(trainer, batch)
 
-    @override
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._look(trainer, batch)
-
-    @override
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._look(trainer, batch)
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def _look(self, trainer: Trainer, batch: Any) -> None:
         if self._watch is None:
