@@ -95,12 +95,16 @@ ROWS: dict[str, Callable[[str], nn.Module]] = {
     "+ exact": _bsr(lean="exact"),
     "+ exact, skip_unread": _bsr(lean="exact", skip_unread=True),
     "+ exact, skip_unread, fold_norms": _bsr(lean="exact", skip_unread=True, fold_norms=True),
-    "+ exact, skip_unread, attention_by_products": _bsr(lean="exact", skip_unread=True, products=True),
+    "+ exact, skip_unread, fold_norms, attention_by_products": _bsr(
+        lean="exact", skip_unread=True, fold_norms=True, products=True
+    ),
     "+ recompute": _bsr(lean="recompute"),
     "+ int8 activations": _bsr(lean="int8"),
     "+ int8 frozen weights": _bsr(quantize=True),
     UNCACHED: _bsr(drop=(2, 5, 8)),
-    "+ 2,5,8, exact, skip_unread, fold_norms": _bsr(drop=(2, 5, 8), lean="exact", skip_unread=True, fold_norms=True),
+    "+ 2,5,8, exact, skip_unread, fold_norms, attention_by_products": _bsr(
+        drop=(2, 5, 8), lean="exact", skip_unread=True, fold_norms=True, products=True
+    ),
     CACHED: _bsr(drop=(2, 5, 8), cache=True),
 }
 

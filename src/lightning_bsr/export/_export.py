@@ -97,9 +97,9 @@ def export_model(
         >>> model = timm.create_model("test_vit", num_classes=10)
         >>> handle = install_token_drop(model, [1, 3], 0.5)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     exported = export_model(model, torch.rand(1, 3, 160, 160), f"{folder}/model.pt2")
+        ...     exported = export_model(model, torch.rand(4, 3, 160, 160), f"{folder}/model.pt2")
         >>> exported.input_shapes, exported.max_difference < 1e-6
-        (((1, 3, 160, 160),), True)
+        (((4, 3, 160, 160),), True)
     """
     path = Path(path)
     format = check_format(path, format)
