@@ -5,10 +5,10 @@
     python benchmarks/accuracy.py cifar10 --root path/to/cifar10 --levers
 
 All methods get the same data, epochs, optimizer and seeds. Each method's learning rate is the one of the grid with the
-best accuracy on the validation split (seed 0); the test split is looked at with that one only. Prints a Markdown table:
-test accuracy as mean and standard deviation over the seeds, and the activations that backward keeps, measured by the
-monitor. With ``--levers`` it is BSR with each lever that keeps or holds less, all with BSR's learning rate, and how far
-the losses of the first steps are from those without. Runs are written to ``--output`` as they end, and those found
+best accuracy on the validation split (first seed); the test split is looked at with that one only. Prints a Markdown
+table: test accuracy as mean and standard deviation over the seeds, and the activations that backward keeps, measured by
+the monitor. With ``--levers`` it is BSR with each lever that keeps or holds less, all with BSR's learning rate, and how
+far the losses of the first steps are from those without. Runs are written to ``--output`` as they end, and those found
 there are not run again.
 """
 
@@ -52,9 +52,7 @@ LEVERS: dict[str, list[tuple[type[Callback], dict[str, Any]]]] = {
     "the same, int8 activations": [*PUBLISHED, (LeanActivations, {"policy": "int8"})],
     "the same, int8 frozen weights": [*PUBLISHED, (QuantizeFrozen, {})],
 }
-LEARNING_RATES = (5e-4, 1.5e-3, 4.5e-3)
 FIRST_STEPS = 20
-SEEDS = (0, 1, 2)
 MEAN, STD = (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)
 
 
@@ -114,6 +112,12 @@ def run(data: str, root: Path, epochs: int, method: str, lr: float, seed: int) -
     }
 
 
+def spread(values: list[float]) -> str:
+    """Write the mean, and the standard deviation of several."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
 def main() -> None:
     """Run what is missing, choose the learning rates, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -121,13 +125,16 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("../shared/data/cifar10"), help="image folder of cifar10")
     parser.add_argument("--epochs", type=int, help="20 for digits and 5 for cifar10 by default")
     parser.add_argument("--levers", action="store_true", help="compare BSR with its levers")
-    parser.add_argument("--lr", type=float, default=LEARNING_RATES[-1], help="learning rate of all with --levers")
+    parser.add_argument("--learning-rates", type=float, nargs="+", help="the grid; one rate for all with --levers")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first chooses the learning rate")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, each on one thread")
     parser.add_argument("--output", type=Path, help="accuracy-<data>.json by default")
     args = parser.parse_args()
     epochs = args.epochs or (20 if args.data == "digits" else 5)
     output = args.output or Path(f"accuracy-{args.data}.json")
-    methods, rates = (LEVERS, (args.lr,)) if args.levers else (METHODS, LEARNING_RATES)
+    methods = LEVERS if args.levers else METHODS
+    rates = args.learning_rates or ([4.5e-3] if args.levers else [5e-4, 1.5e-3, 4.5e-3])
+    first, *others = args.seeds
     done: list[dict[str, Any]] = json.loads(output.read_text()) if output.exists() else []
 
     def complete(wanted: list[tuple[str, float, int]]) -> None:
@@ -137,17 +144,17 @@ def main() -> None:
                 done.append(future.result())
                 output.write_text(json.dumps(done, indent=1))
 
-    complete([(method, lr, 0) for method in methods for lr in rates])
+    complete([(method, lr, first) for method in methods for lr in rates])
     chosen = {
         method: max(
-            (row for row in done if row["method"] == method and row["seed"] == 0), key=lambda r: r["validation"]
+            (row for row in done if row["method"] == method and row["seed"] == first), key=lambda r: r["validation"]
         )
         for method in methods
     }
-    complete([(method, best["lr"], seed) for method, best in chosen.items() for seed in SEEDS[1:]])
+    complete([(method, best["lr"], seed) for method, best in chosen.items() for seed in others])
 
     yardstick = BSR if args.levers else FULL
-    print(f"micro ViT, {args.data}, {epochs} epochs, learning rates {rates}, seeds {SEEDS}\n")
+    print(f"micro ViT, {args.data}, {epochs} epochs, learning rates {rates}, seeds {args.seeds}\n")
     difference = f"largest difference of a loss in the first {FIRST_STEPS} steps"
     last = f" | by seed | {difference} |" if args.levers else " |"
     print(f"| method | learning rate | test accuracy, % | activations, KiB / image | of {yardstick}{last}")
@@ -155,17 +162,14 @@ def main() -> None:
     whole = chosen[yardstick]["activations_bytes_per_image"]
     for method, best in chosen.items():
         rows = {row["seed"]: row for row in done if row["method"] == method and row["lr"] == best["lr"]}
-        tests = [100 * rows[seed]["test"] for seed in SEEDS]
+        tests = [100 * rows[seed]["test"] for seed in args.seeds]
         kept = best["activations_bytes_per_image"]
-        line = (
-            f"| {method} | {best['lr']:g} | {statistics.mean(tests):.1f} ± {statistics.stdev(tests):.1f} | "
-            f"{kept / 1024:.0f} | {100 * kept / whole:.1f} % |"
-        )
+        line = f"| {method} | {best['lr']:g} | {spread(tests)} | {kept / 1024:.0f} | {100 * kept / whole:.1f} % |"
         if args.levers:
             published = {row["seed"]: row for row in done if row["method"] == BSR and row["lr"] == best["lr"]}
             furthest = max(
                 abs(mine - theirs)
-                for seed in SEEDS
+                for seed in args.seeds
                 for mine, theirs in zip(rows[seed]["first_losses"], published[seed]["first_losses"], strict=True)
             )
             line += f" {', '.join(f'{test:.1f}' for test in tests)} | {furthest:.1g} |"

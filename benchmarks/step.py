@@ -102,9 +102,7 @@ ROWS: dict[str, Callable[[str], nn.Module]] = {
     "+ int8 activations": _bsr(lean="int8"),
     "+ int8 frozen weights": _bsr(quantize=True),
     UNCACHED: _bsr(drop=(2, 5, 8)),
-    "+ 2,5,8, exact, skip_unread, fold_norms, attention_by_products": _bsr(
-        drop=(2, 5, 8), lean="exact", skip_unread=True, fold_norms=True, products=True
-    ),
+    "+ 2,5,8, exact, skip_unread, fold_norms": _bsr(drop=(2, 5, 8), lean="exact", skip_unread=True, fold_norms=True),
     CACHED: _bsr(drop=(2, 5, 8), cache=True),
 }
 

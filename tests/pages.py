@@ -1,11 +1,16 @@
 """Reads the pages of the documentation: their fenced blocks of code, and the commands in these."""
 
 import re
-import shlex
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parents[1]
+TUTORIAL = ROOT / "docs" / "tutorial.md"  # run as a whole by test_tutorial.py
+PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
+PAGES.remove(TUTORIAL)
 FENCE = re.compile(r"^( *)(`{3,})(\w+)[^\n]*\n(.*?)^\1\2 *$", re.DOTALL | re.MULTILINE)
 NOT_RUN = re.compile(r"<!-- not run: (.*) -->\n*\Z")
 
@@ -34,8 +39,18 @@ def blocks_of(page, *languages):
     ]
 
 
+def configurations_of(page):
+    """The configurations of ``lightning-bsr`` that a page shows; its commands call the first one ``config.yaml``."""
+    found = [block for block in blocks_of(page, "yaml") if not block.not_run]
+    return [block.code for block in found if "trainer" in yaml.safe_load(block.code)]
+
+
 def commands_in(code):
-    """The arguments of each ``lightning-bsr`` command, whose lines may be continued with a backslash."""
-    for command in code.replace("\\\n", " ").splitlines():
-        if command.startswith("lightning-bsr "):
-            yield shlex.split(command)[1:]
+    """The ``lightning-bsr`` and ``python`` commands of a block, each with its arguments, as bash understands them."""
+    note = 'printf "%s\\0" "${FUNCNAME[0]}" "$@"; printf "\\n"; '
+    functions = "".join(f"{program}() {{ {note}}}; " for program in ("lightning-bsr", "python"))
+    # Nothing else can be found.
+    noted = subprocess.run(
+        ["/usr/bin/env", "bash", "-c", f"PATH=; {functions}\n{code}"], capture_output=True, text=True, check=False
+    )
+    return [line.split("\0")[:-1] for line in noted.stdout.splitlines()]

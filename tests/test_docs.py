@@ -1,18 +1,13 @@
-"""The documentation's code: Python blocks run, configurations and commands parse.
+"""The documentation's code: Python blocks run, configurations parse; its commands are run by test_commands.py.
 
 A block is left out by a comment directly above it that says why: ``<!-- not run: needs a download -->``.
 """
 
 import pytest
-import yaml
 
 import lightning_bsr.vit._blocks as blocks_table
 from lightning_bsr.cli import main
-from pages import ROOT, blocks_of, commands_in
-
-TUTORIAL = ROOT / "docs" / "tutorial.md"  # run as a whole by test_tutorial.py
-PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
-PAGES.remove(TUTORIAL)
+from pages import PAGES, ROOT, blocks_of, commands_in, configurations_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:LightningCLI's args parameter is intended to run from within Python",  # with pytest's sys.argv
@@ -25,17 +20,6 @@ pytestmark = pytest.mark.filterwarnings(
 def pages_with(*languages):
     pages = [page for page in PAGES if any(not block.not_run for block in blocks_of(page, *languages))]
     return pytest.mark.parametrize("page", pages, ids=[page.relative_to(ROOT).as_posix() for page in pages])
-
-
-def configurations_of(page):
-    found = [block for block in blocks_of(page, "yaml") if not block.not_run]
-    return [block.code for block in found if "trainer" in yaml.safe_load(block.code)]
-
-
-def commands_of(page):
-    for block in blocks_of(page, "bash"):
-        if not block.not_run:
-            yield from commands_in(block.code)
 
 
 def parse(arguments, monkeypatch):
@@ -65,17 +49,6 @@ def test_yaml_blocks__parse(page, tmp_path, monkeypatch, capsys):
         assert parse(["fit", f"--config={path}", "--print_config"], monkeypatch) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if [*commands_of(page)]], ids=lambda page: page.name)
-def test_commands__parse(page, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    for configuration in configurations_of(page)[:1]:
-        (tmp_path / "config.yaml").write_text(configuration)  # as a page calls the configuration that it shows
-    for arguments in commands_of(page):
-        ending = [] if {"--help", "--print_config"} & {*arguments} else ["--print_config"]
-        assert parse([*arguments, *ending], monkeypatch) == 0, (arguments, capsys.readouterr().err)
-
-
 def test_blocks_of__finds_code_and_what_is_not_run(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
@@ -87,4 +60,16 @@ def test_blocks_of__finds_code_and_what_is_not_run(tmp_path):
         ("a = 1\n", 4, False),
         ("b = 2\n", 9, True),
         ("if a:\n    c = 3\n", 15, False),
+    ]
+
+
+def test_commands_in__are_what_bash_runs():
+    code = (
+        "COMMON=\"lightning-bsr fit --config a.yaml\"\n$COMMON --lr 1 \\\n  --options '{a: {b: 2}}'\n"
+        "pip install timm\nfor name in x y; do\n  python benchmarks/$name.py\ndone\n"
+    )
+    assert commands_in(code) == [
+        ["lightning-bsr", "fit", "--config", "a.yaml", "--lr", "1", "--options", "{a: {b: 2}}"],
+        ["python", "benchmarks/x.py"],
+        ["python", "benchmarks/y.py"],
     ]

@@ -3,9 +3,7 @@
 import pytest
 
 from lightning_bsr.cli import main
-from pages import ROOT, blocks_of, commands_in
-
-PAGE = ROOT / "docs" / "tutorial.md"
+from pages import TUTORIAL, blocks_of, commands_in
 
 
 @pytest.mark.slow
@@ -17,18 +15,18 @@ def test_tutorial__from_pictures_to_an_exported_model(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what lightning calls
     done = []
-    for block in blocks_of(PAGE, "python", "yaml", "bash"):
+    for block in blocks_of(TUTORIAL, "python", "yaml", "bash"):
         if block.not_run:
             continue
         if block.language == "yaml":
             (tmp_path / "config.yaml").write_text(block.code)
         elif block.language == "python":
             exec(
-                compile("\n" * (block.line - 1) + block.code, str(PAGE), "exec"), {"__name__": "tutorial"}
+                compile("\n" * (block.line - 1) + block.code, str(TUTORIAL), "exec"), {"__name__": "tutorial"}
             )  # a script of its own
-        for command in commands_in(block.code) if block.language == "bash" else ():
-            main([*command, *(["--trainer.max_epochs=1"] if command[0] == "fit" else [])])
-            done.append(command[0])
+        for _, command, *arguments in commands_in(block.code) if block.language == "bash" else ():
+            main([command, *arguments, *(["--trainer.max_epochs=1"] if command == "fit" else [])])
+            done.append(command)
     assert done == ["plan", "plan", "plan", "fit", "test", "visualize", "export"]
     assert [*(tmp_path / "figures").glob("survivors-*.png")]
     assert " is a " in capsys.readouterr().out.splitlines()[-1]

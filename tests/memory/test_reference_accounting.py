@@ -1,17 +1,18 @@
 import copy
 import functools
+import re
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-import lightning_bsr.models  # noqa: F401  # registers the micro ViT
 from lightning_bsr import ConfigurationError
 from lightning_bsr.functional import install_token_drop, select_blocks_
 from lightning_bsr.functional._forward import BlockForward, attach_forward, forward_chain, unwrap_forward
 from lightning_bsr.memory._reference import reference_accounting
 from lightning_bsr.memory._report import MIB
+from lightning_bsr.models import convert_to_moe_
 from plain_modules import PlainModule, tiny_vit
 
 BASE, SMALL = "vit_base_patch16_224", "deit_small_patch16_224"
@@ -187,4 +188,12 @@ def test_reference_accounting__refuses_what_it_cannot_count():
     del model.patch_embed.img_size
     message = r"^The ViT \(VisionTransformer\) does not say the size of its images; give image_size\.$"
     with pytest.raises(ConfigurationError, match=message):
+        reference_accounting(model)
+
+
+def test_reference_accounting__refuses_mixtures_of_experts():
+    model = micro()
+    convert_to_moe_(model, blocks=[3], num_experts=4, top_k=2)
+    message = "The ViT (VisionTransformer) has mixtures of experts, which the formula does not know."
+    with pytest.raises(ConfigurationError, match=f"^{re.escape(message)}$"):
         reference_accounting(model)

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.functional._drop_forward import PositionsForward, TokenDropForward
+from lightning_bsr.functional._experts import experts_in
 from lightning_bsr.functional._forward import BlockForward, attach_forward, forward_chain
 from lightning_bsr.functional._restore import RestoringForward
 from lightning_bsr.vit import ViTView, find_vit
@@ -90,8 +91,8 @@ def reference_accounting(
         Bytes.
 
     Raises:
-        ConfigurationError: If the ViT is not found or does not say its image size or its numbers of heads, or
-            ``batch_size`` is not positive.
+        ConfigurationError: If the ViT is not found, has mixtures of experts, or does not say its image size or its
+            numbers of heads, or ``batch_size`` is not positive.
 
     Example:
         >>> import timm
@@ -157,6 +158,8 @@ class _Walk(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is experts_in:
+            raise ConfigurationError(f"The {self._view.name} has mixtures of experts, which the formula does not know.")
         out = func(*args, **kwargs)
         if func in _PRODUCTS:
             self._layer(args[0], _argument(args, kwargs, 1), out.numel())
