@@ -160,9 +160,9 @@ def run_command(subcommand, *arguments, configuration):
 
 
 def method_with_options(arguments):
-    """The method that a comparison gives options, which have to be read, or the cheapest."""
+    """The method that a comparison gives options, which have to be read, or full fine-tuning."""
     options = re.search(r"method[-_]options(?:=| )'?\{(\w+):", " ".join(arguments))
-    return options[1] if options else "head"
+    return options[1] if options else "full"
 
 
 def run_python(path, *arguments, monkeypatch):
