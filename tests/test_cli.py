@@ -57,7 +57,6 @@ def pictures(tmp_path):
 def test_quickstart__one_epoch_prints_table_summary_and_test_accuracy(tmp_path):
     limits = [f"--trainer.limit_{part}_batches={count}" for part, count in (("train", 10), ("val", 1), ("test", 1))]
     short = ["--trainer.max_epochs=1", *limits]
-    short += ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=."]  # where TensorBoard is installed too
     done = run("fit", "--config", EXAMPLES / "quickstart.yaml", *short, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Activations kept for backward, ViT 'model' (VisionTransformer)" in done.stdout
@@ -70,7 +69,7 @@ def test_quickstart__one_epoch_prints_table_summary_and_test_accuracy(tmp_path):
     assert "Warning" not in done.stderr
     assert "Traceback" not in done.stderr
     metrics = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
-    assert "memory/activations_mib" in metrics.splitlines()[0]
+    assert "memory/activations_mib" in metrics.splitlines()[0]  # of the CSV logger, though TensorBoard is installed
 
 
 @pytest.mark.slow
@@ -190,6 +189,14 @@ def test_multi_task_examples__run_a_step(example, here, pictures, infos):
     )
     assert any("blocks 3, 7, 11 of 12 train" in message for message in infos) == ("bsr" in example)
     assert any("65 -> 34 -> 19 -> 11 tokens" in message for message in infos) == ("bsr" in example)
+
+
+@pytest.mark.parametrize(("option", "folder"), [("--trainer.logger=true", "."), ("--trainer.default_root_dir=a", "a")])
+def test_fit__logs_to_csv_though_tensorboard_is_installed(option, folder, here):
+    limits = [f"--trainer.limit_{part}_batches=1" for part in ("train", "val")]
+    main(["fit", "--trainer.max_epochs=1", "--trainer.accelerator=cpu", *limits, option])
+    assert [path.name for path in (here / folder / "lightning_logs" / "version_0").glob("*.csv")] == ["metrics.csv"]
+    assert not [*here.rglob("events.*")]
 
 
 def test_pretraining_example__trains_all_of_a_new_model(here, pictures, infos):

@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
@@ -72,6 +72,15 @@ class BSRCLI(LightningCLI):
                 f"ckpt_path is {path!r}, but there is no such file; expected a checkpoint file or one of "
                 f"{', '.join(map(repr, _CHECKPOINT_NAMES))}."
             )
+        if self.subcommand in LightningCLI.subcommands():
+            self._log_to_csv_by_default()
+
+    def _log_to_csv_by_default(self) -> None:
+        # Lightning's own default is TensorBoard where that happens to be installed.
+        trainer = self.config[str(self.subcommand)]["trainer"]
+        if trainer["logger"] in (None, True) and not trainer["barebones"]:
+            folder = trainer["default_root_dir"] or "."
+            trainer["logger"] = Namespace(class_path="CSVLogger", init_args=Namespace(save_dir=str(folder)))
 
     @override
     def instantiate_classes(self) -> None:
