@@ -50,7 +50,7 @@ def forwards(module):
 
 
 def test_auto__with_rotary_embeddings(make_trainer, images):
-    select, monitor = auto(keep_rates=(0.5,), max_drops=1), ActivationMemoryMonitor()
+    select, monitor = auto(), ActivationMemoryMonitor()
     make_trainer(select, monitor).fit(Rotary(), images)
     assert select.budget_plan.choice.blocks
     assert 0 < monitor.report.activations <= parse_bytes("0.4MiB")
