@@ -1,5 +1,6 @@
 import pytest
 import torch
+from timm.models.eva import Eva
 
 from lightning_bsr import (
     ActivationMemoryMonitor,
@@ -30,12 +31,30 @@ class LooksAtValues(Small):
         return loss if loss.item() > 0 else None
 
 
+class Rotary(PlainModule):
+    """A ViT whose blocks are given rotary embeddings."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = Eva(
+            img_size=32, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=4, use_rot_pos_emb=True
+        )
+
+
 def auto(budget="0.4MiB", kind="activations", **kwargs):
     return BlockSelect("auto", memory_budget=budget, budget_kind=kind, **kwargs)
 
 
 def forwards(module):
     return [type(vars(block).get("forward")).__name__ for block in module.model.blocks]
+
+
+def test_auto__with_rotary_embeddings(make_trainer, images):
+    select, monitor = auto(), ActivationMemoryMonitor()
+    make_trainer(select, monitor).fit(Rotary(), images)
+    assert select.budget_plan.choice.blocks
+    assert 0 < monitor.report.activations <= parse_bytes("0.4MiB")
+    assert monitor.report.activations == select.budget_plan.report.activations
 
 
 def test_auto__trains_within_the_budget_and_evaluates_as_it_trained(make_trainer, images, capsys, infos, tmp_path):

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
+from timm.models.eva import Eva
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_bsr import ActivationMemoryMonitor, BlockSelect, ConfigurationError, DigitsDataModule, TokenDrop
@@ -101,6 +102,28 @@ def test_fit__losses_and_weights_are_equal_bit_for_bit(module_class, position, m
     assert ours[1].counts.misses == 32
     assert ours[1].counts.hits >= 2 * 16 + 2 * 16
     assert state(ours[0]) == state(PlainModule())
+
+
+class Rotary(PlainModule):
+    """A ViT whose blocks are given rotary embeddings."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        torch.manual_seed(0)
+        size = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 6, "num_heads": 2, "num_classes": 4}
+        self.model = Eva(**size, use_rot_pos_emb=True, **kwargs)
+
+
+def test_fit__with_rotary_embeddings(make_trainer):
+    ours = fit(make_trainer, Shuffled(), *bsr(), PrefixCache(), module_class=Rotary)
+    assert_same_run(ours, fit(make_trainer, Shuffled(), *bsr(), module_class=Rotary))
+    assert ours[1].counts.misses == 32
+    assert ours[1].counts.hits >= 2 * 16 + 2 * 16
+
+
+def test_fit__refuses_rotary_embeddings_that_move_at_random(make_trainer, images):
+    with pytest.raises(ConfigurationError, match=r"^The rope of the ViT 'model' \(Eva\) moves positions at random"):
+        fit(make_trainer, images, *bsr(), PrefixCache(), module=Rotary(rope_shift_coords=0.5))
 
 
 def test_fit__with_a_smaller_last_batch(make_trainer, images):

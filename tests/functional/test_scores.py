@@ -16,6 +16,17 @@ def test_cls_scores__equal_the_row_of_the_whole_matrix(attention):
     torch.testing.assert_close(cls_scores(q, k, 0.3, 2), matrix[:, 0, 2:])
 
 
+def test_cls_scores__under_autocast_of_queries_in_fp32(attention):
+    """Rotary embeddings in fp32 make queries and keys of fp32, which autocast multiplies in its own type."""
+    q, k, _ = (tensor.requires_grad_() for tensor in attention)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = cls_scores(q, k, 0.3, 2)
+    ours = torch.autograd.grad(scores.square().sum(), (q, k))
+    theirs = torch.autograd.grad(cls_scores(q, k, 0.3, 2).square().sum(), (q, k))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.001)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 4, 64])
 def test_mean_scores__equal_the_columns_of_the_whole_matrix(attention, chunk_size):
     q, k, matrix = attention

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from lightning_bsr import ConfigurationError
 from lightning_bsr.functional import install_token_drop, select_blocks_
 from lightning_bsr.memory import MIB, Configuration, fit_budget, measure, plan
-from lightning_bsr.memory._costs import BlockCosts
+from lightning_bsr.memory._costs import BlockCosts, InputWatch
 from lightning_bsr.vit import find_vit
 from plain_modules import tiny_vit
 
@@ -213,7 +213,9 @@ def test_fit_budget__refuses_a_model_with_blocks_selected_already():
 def test_block_costs__add_up_to_the_whole_model():
     model = tiny_vit()
     view = find_vit(model)
-    costs = BlockCosts(view, 8, 32, torch.float32, None, {})
+    with InputWatch(view) as watch:
+        plan(model, batches()[0], forward=loss_of(model))
+    costs = BlockCosts(view, watch.inputs, None, {})
     exact, again = {"attn": "exact", "mlp": "exact"}, {"attn": "exact", "mlp": "recompute"}
     lean = {2: exact, 3: exact, 4: again, 5: again}
     configuration = Configuration({2: ("mlp",), 3: ("attn",), 5: WHOLE}, {3: 0.5}, lean)

@@ -1,5 +1,6 @@
 """Stores what the frozen first blocks of a ViT give for each sample, and skips those blocks from then on."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,9 +20,10 @@ from lightning_bsr.functional._forward import (
     unwrap_forward,
 )
 from lightning_bsr.functional._outputs import DenseOutputRefused
+from lightning_bsr.functional._prefix_given import given_to_all
 from lightning_bsr.functional._prefix_pass import CachedPrefix, PrefixCounts
 from lightning_bsr.functional._prefix_store import DTYPES, FileStore, MemoryStore, TokenStore
-from lightning_bsr.vit import ViTView, find_vit
+from lightning_bsr.vit import BlockSpec, ViTView, find_vit
 
 StoredDtype = Literal["float32", "bfloat16", "float16"]
 """The names of the dtypes that tokens may be stored in."""
@@ -34,19 +36,20 @@ class PrefixForward(BlockForward):
 
     rank = -1
 
-    def __init__(self, block: nn.Module, prefix: CachedPrefix) -> None:
+    def __init__(self, block: nn.Module, spec: BlockSpec, prefix: CachedPrefix) -> None:
         super().__init__(block)
+        self.spec = spec
         self.prefix = prefix
+        self._names = list(inspect.signature(type(block).forward).parameters)[2:]
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         prefix = self.prefix
         if prefix.suspended or torch.compiler.is_compiling() or isinstance(x, FakeTensor):
             return self.call_inner(x, *args, **kwargs)
+        given = given_to_all(self.spec, self._names, args, kwargs)
         if self.block is prefix.blocks[0]:
-            # A mask or a table of positions is not part of a sample's key.
-            prefix.begin(
-                x, usable=not any(value is not None and value is not False for value in (*args, *kwargs.values()))
-            )
+            prefix.begin(x, given)
+        prefix.enter(given, args, kwargs)
         if not prefix.skips:
             x = self.call_inner(x, *args, **kwargs)
         return prefix.end(x) if self.block is prefix.blocks[-1] else x
@@ -81,7 +84,8 @@ class PrefixCacheHandle:
     def __init__(self, view: ViTView, prefix: CachedPrefix) -> None:
         self.view = view
         self._prefix = prefix
-        self._forwards = [PrefixForward(block, prefix) for block in prefix.blocks]
+        specs = view.specs[: len(prefix.blocks)]
+        self._forwards = [PrefixForward(*each, prefix) for each in zip(prefix.blocks, specs, strict=True)]
         for forward in self._forwards:
             attach_forward(forward)
         if hasattr(view.model, "forward_intermediates") and "forward_intermediates" not in vars(view.model):
@@ -152,7 +156,9 @@ def install_prefix_cache(
     What is stored belongs to the weights and settings of the prefix, the tokens dropped in it, the autocast dtype, the
     device and the version of torch; when one of these changes, it is forgotten. Install it after
     :func:`select_blocks_`. Forward hooks on blocks of the prefix see wrong tokens where blocks are skipped.
-    ``forward_intermediates``, compiled code and calls with an attention mask or with rotary embeddings run uncached.
+    Rotary embeddings and position biases that are the same for all images of a batch are part of the hash; the blocks
+    after the prefix get theirs from the model as ever, for the tokens that are left. Compiled code,
+    ``forward_intermediates`` and calls with an attention mask, or with positions of each image's own, run uncached.
 
     Args:
         module: Any module that holds a ViT.
@@ -174,7 +180,8 @@ def install_prefix_cache(
         ConfigurationError: If the ViT is not found, has a prefix cache already or no frozen prefix, a parameter before
             its blocks trains, the prefix drops tokens at random, or an argument is out of range. Nothing has changed
             then. Later, from the forward pass: if the prefix draws random numbers, begins to train, is given tokens
-            that need gradients, or gives an image other tokens in another batch.
+            or positions that need gradients or positions that are random, or gives an image other tokens in another
+            batch.
 
     Example:
         >>> import timm
@@ -204,7 +211,7 @@ def install_prefix_cache(
         raise ConfigurationError(f"dtype is {dtype!r}, expected None or one of {names}.")
     stored = {str(known): known for known in DTYPES}.get(f"torch.{dtype}")
     store: TokenStore = MemoryStore(max_bytes) if place == "memory" else FileStore(Path(place), max_bytes)
-    return PrefixCacheHandle(view, CachedPrefix(view.name, prefix_blocks, PrefixForward, store, stored, offload))
+    return PrefixCacheHandle(view, CachedPrefix(view, prefix_blocks, PrefixForward, store, stored, offload))
 
 
 def _prefix_blocks(view: ViTView, blocks: int | None) -> Sequence[nn.Module]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_bsr.functional._forward import BlockForward, forward_chain
+from lightning_bsr.functional._prefix_given import Given
 
 _WORD = 8  # bytes
 _CHUNK = 2**16  # bytes
@@ -71,7 +72,7 @@ def hash_tensor(tensor: torch.Tensor) -> bytes:
     return digest.digest()
 
 
-def key_samples(x: torch.Tensor, blocks: Sequence[nn.Module]) -> list[bytes]:
+def key_samples(x: torch.Tensor, blocks: Sequence[nn.Module], given: Iterable[Given]) -> list[bytes]:
     """Name what ``blocks`` make of each sample of a batch, given that they stay what they are.
 
     Kernels may take another way for another batch size, so a sample in a batch of another size has another name.
@@ -79,6 +80,8 @@ def key_samples(x: torch.Tensor, blocks: Sequence[nn.Module]) -> list[bytes]:
     Args:
         x: Tokens ``[B, N, C]``, the input of the first block.
         blocks: The blocks.
+        given: What the first block is given beside ``x``, the same for all samples. Tensors count with all that lies in
+            their storages, as later blocks may be given another part of it.
 
     Returns:
         One key of 16 bytes a sample.
@@ -90,9 +93,15 @@ def key_samples(x: torch.Tensor, blocks: Sequence[nn.Module]) -> list[bytes]:
         torch.is_grad_enabled(),
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
         [block.training for block in blocks],
+        [_describe(one) if isinstance(one, torch.Tensor) else one for one in given],
     )
     context = hashlib.blake2b(repr(circumstances).encode(), digest_size=32).digest()
     return [hashlib.blake2b(sample, digest_size=16, key=context).digest() for sample in hash_samples(x)]
+
+
+def _describe(tensor: torch.Tensor) -> tuple[Any, ...]:
+    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+    return tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), hash_tensor(whole)
 
 
 def signature(blocks: Iterable[nn.Module], ignored: type[BlockForward]) -> tuple[Any, ...]:

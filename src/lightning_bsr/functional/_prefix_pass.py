@@ -1,17 +1,20 @@
 """How one forward pass through the stored first blocks of a ViT goes: read, or compute and store."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from operator import add, sub
+from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.functional._forward import BlockForward, forward_chain
+from lightning_bsr.functional._prefix_given import Given
 from lightning_bsr.functional._prefix_key import fingerprint, key_samples, signature
 from lightning_bsr.functional._prefix_store import TokenStore
+from lightning_bsr.vit import ViTView
 
 PATIENCE = 16  # batches
 _CHECKS = 8  # batches of each shape
@@ -44,6 +47,8 @@ class CachedPrefix:
     """The first blocks of a ViT, what is stored of them, and the forward pass that runs now.
 
     Attributes:
+        view: The ViT.
+        name: Its name.
         blocks: The blocks.
         store: What they gave.
         counts: What was done so far.
@@ -54,14 +59,15 @@ class CachedPrefix:
 
     def __init__(
         self,
-        name: str,
+        view: ViTView,
         blocks: Sequence[nn.Module],
         forward_class: type[BlockForward],
         store: TokenStore,
         dtype: torch.dtype | None,
         offload: bool,
     ) -> None:
-        self.name = name
+        self.view = view
+        self.name = view.name
         self.blocks = blocks
         self.store = store
         self.counts = PrefixCounts()
@@ -69,6 +75,8 @@ class CachedPrefix:
         self.suspended = False
         self.skips = False
         self._keys: list[bytes] = []
+        self._arguments: list[tuple[Sequence[Any], Mapping[str, Any]]] = []
+        self._given: set[object] = set()
         self._input: torch.Tensor | None = None
         self._output: torch.Tensor | None = None
         self._random_state: torch.Tensor | None = None
@@ -82,22 +90,28 @@ class CachedPrefix:
         self._device: torch.device | None = None
         self._forget_pass()
 
-    def begin(self, x: torch.Tensor, usable: bool) -> None:
+    def begin(self, x: torch.Tensor, given: Sequence[Given] | None) -> None:
         """Decide, at the first block, whether the pass of ``x`` ``[B, N, C]`` skips the blocks.
 
+        Args:
+            x: The tokens.
+            given: What the block is given beside them, the same for all samples; ``None`` for what cannot be stored.
+
         Raises:
-            ConfigurationError: If ``x`` needs gradients, or a parameter of the blocks trains.
+            ConfigurationError: If ``x`` or what is given needs gradients, a parameter of the blocks trains, or
+                positions are random.
         """
         self._forget_pass()
-        if not usable:
+        if given is None:
             self.bring_back()
             return
-        self._refuse_training(x)
+        self._refuse_change(x, given)
         self._device = x.device
         if self._signature != (now := self._sign()):
             self.verify()
             self._signature = now
-        self._keys = key_samples(x, self.blocks)
+        self._keys = key_samples(x, self.blocks, given)
+        self._given = _parts(given)
         self._known = sum(key in self.store for key in self._keys)
         if self._known == len(x):
             self._output = self._read(x.device)
@@ -107,6 +121,27 @@ class CachedPrefix:
         else:
             self.bring_back()
             self._input, self._random_state = x, _random_state(x.device)
+
+    def enter(self, given: Sequence[Given] | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Note, at each block, what it is given beside tokens.
+
+        Only what the first block is given, or what lies in the same storages, is part of a key; blocks that are given
+        something else run uncached.
+
+        Raises:
+            ConfigurationError: If that happens where blocks before this one have been skipped.
+        """
+        if not self._keys:
+            return
+        self._arguments.append((args, kwargs))
+        if given is not None and _parts(given) <= self._given:
+            return
+        if self.skips:
+            raise ConfigurationError(
+                f"Block {len(self._arguments) - 1} of the {self.name} is given another mask or table of positions than "
+                "when its output was stored; give all blocks the same ones, or remove the prefix cache."
+            )
+        self._forget_pass()
 
     def end(self, computed: torch.Tensor) -> torch.Tensor:
         """Give the output of the last block ``[B, N, C]``: what was read, or ``computed``, which is stored.
@@ -148,16 +183,26 @@ class CachedPrefix:
         self.skips = False
         self._keys = []
         self._known = 0
+        self._arguments = []
+        self._given = set()
         self._input = self._output = self._random_state = None
 
     def _sign(self) -> object:
         return signature(self.blocks, self._forward_class)
 
-    def _refuse_training(self, x: torch.Tensor) -> None:
-        if torch.is_grad_enabled() and x.requires_grad:
+    def _refuse_change(self, x: torch.Tensor, given: Sequence[Given]) -> None:
+        if given and (part := self.view.draws_positions):
             raise ConfigurationError(
-                f"The tokens that enter block 0 of the {self.name} require gradients, so something before it trains, "
-                "and what its first blocks give cannot be stored; freeze that, or remove the prefix cache."
+                f"The {part} of the {self.name} moves positions at random in training mode, so what its first blocks "
+                "give cannot be stored; turn this augmentation off where the model is built, set the "
+                f"{part} to eval mode, or remove the prefix cache."
+            )
+        tensors = [x, *(one for one in given if isinstance(one, torch.Tensor))]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            what = "The tokens that enter" if x.requires_grad else "The positions given to"
+            raise ConfigurationError(
+                f"{what} block 0 of the {self.name} require gradients, so something before it trains, and what its "
+                "first blocks give cannot be stored; freeze that, or remove the prefix cache."
             )
         for index, block in enumerate(self.blocks):
             for name, parameter in block.named_parameters():
@@ -202,8 +247,9 @@ class CachedPrefix:
         shift = 1 + self._checks[x.shape] % (len(x) // 2)
         self._checks[x.shape] += 1
         moved = torch.cat([x[shift:], x[-1:].expand(shift, *x.shape[1:])])
-        for block in self.blocks:
-            moved = next(f for f in forward_chain(block) if isinstance(f, self._forward_class)).call_inner(moved)
+        for block, (args, kwargs) in zip(self.blocks, self._arguments, strict=True):
+            forward = next(f for f in forward_chain(block) if isinstance(f, self._forward_class))
+            moved = forward.call_inner(moved, *args, **kwargs)
         # What is no number is the same as itself here.
         error = (moved[:-shift].nan_to_num() - output[shift:].nan_to_num()).abs().max().item()
         # A dtype was asked for: rounding is accepted.
@@ -229,6 +275,10 @@ class CachedPrefix:
                 for parameter in block.parameters():
                     parameter.data = parameter.data.to(device)
         self._signature = self._sign()
+
+
+def _parts(given: Sequence[Given]) -> set[object]:
+    return {one.untyped_storage().data_ptr() if isinstance(one, torch.Tensor) else one for one in given}
 
 
 def _random_state(device: torch.device) -> torch.Tensor:

@@ -21,6 +21,8 @@ class _Logits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k = ctx.saved_tensors
+        # Autocast multiplies in its own type what rotary embeddings have left in fp32.
+        grad = grad.to(k.dtype)
         return grad.unsqueeze(2) @ k * ctx.scale, grad.unsqueeze(-1) * (q * ctx.scale), None
 
 

@@ -13,7 +13,7 @@ from lightning_bsr.functional import num_kept_tokens
 from lightning_bsr.functional._drop_forward import drops_tokens
 from lightning_bsr.functional._select import Part
 from lightning_bsr.memory._configuration import Configuration
-from lightning_bsr.memory._costs import BlockCosts
+from lightning_bsr.memory._costs import BlockCosts, InputWatch
 from lightning_bsr.memory._optimizer import optimizers_cost
 from lightning_bsr.memory._probe import Probe, limit_images, probe
 from lightning_bsr.memory._report import MemoryReport
@@ -56,7 +56,7 @@ class BudgetSearch:
         max_drops: int,
         recompute: bool,
     ) -> None:
-        if view.keeps_tokens or any(spec.is_positioned for spec in view.specs):
+        if view.keeps_tokens:
             kind = type(view.blocks[0]).__name__
             raise ConfigurationError(
                 f"A budget cannot choose for the {view.name}: its blocks ({kind}) cannot be planned one by one, "
@@ -76,14 +76,9 @@ class BudgetSearch:
         self._keep_rates = () if self._drops_already else tuple(keep_rates)
         self._max_drops = max_drops
         self._drop_options: dict[str, Any] = {} if view.has_class_token else {"score": "mean"}
-        seen: list[torch.Tensor] = []
-        hook = view.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-        try:
+        with InputWatch(view) as watch:
             self.head_only = self.plan(Configuration({}))
-        finally:
-            hook.remove()
-        self._batch_size, _, self._width = seen[0].shape
-        self._dtype = seen[0].dtype
+        self._inputs = watch.inputs
         self.tokens = tuple(line.tokens or 0 for line in self.head_only.by_block[:-1])
 
     @cached_property
@@ -122,7 +117,7 @@ class BudgetSearch:
     def look_at(self, batches: Sequence[Any], training_loss: Callable[[Any], torch.Tensor]) -> Probe:
         """Probe the worth of training and of dropping, and be ready to search."""
         assert self.head_only.flops is not None
-        an_image = self.head_only.flops.forward / self._batch_size * _PROBE_PASSES
+        an_image = self.head_only.flops.forward / len(self._inputs[0].x) * _PROBE_PASSES
         seen = limit_images(batches, min(_PROBE_IMAGES, int(_PROBE_FLOPS / max(an_image, 1))))
         self.probed = probe(
             self._module,
@@ -185,7 +180,7 @@ class BudgetSearch:
         return min(options, key=lambda configuration: self._bytes_of(self.plan(configuration)))
 
     def _make_searches(self) -> list[BlockSearch]:
-        costs = BlockCosts(self.view, self._batch_size, self._width, self._dtype, self._autocast, self._drop_options)
+        costs = BlockCosts(self.view, self._inputs, self._autocast, self._drop_options)
         weights = self._weights()
         patterns = drop_patterns(
             len(self.view.blocks), self._keep_rates, self._max_drops, self._tokens_after, self._penalty
@@ -196,7 +191,10 @@ class BudgetSearch:
                     drop,
                     tokens,
                     penalty,
-                    tuple(costs(i, n, drop.get(i)) for i, (n, _) in enumerate(pairwise(tokens))),
+                    tuple(
+                        costs(i, n, drop.get(i), after_drop=any(block < i for block in drop))
+                        for i, (n, _) in enumerate(pairwise(tokens))
+                    ),
                 ),
                 self.probed.gains,
                 weights,

@@ -2,7 +2,7 @@
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -38,6 +38,7 @@ class ActivationRecorder:
         module: The module that trains; its parameters and buffers are not counted.
         view: Its ViT, for numbers by block.
         tracker: Follows all storages of the same step; it is told which ones are kept.
+        ignored: Tensors whose storages are not counted either.
 
     Example:
         >>> linear = nn.Linear(4, 2)
@@ -53,16 +54,19 @@ class ActivationRecorder:
         view: ViTView | None = None,
         *,
         tracker: StepTracker | None = None,
+        ignored: Iterable[torch.Tensor] = (),
     ) -> None:
         self._module = module
         self._view = view
         self._tracker = tracker
+        self._ignored = list(ignored)
         self._kept: dict[int, _Kept] = {}
         self.position = Position(view, backward=tracker is not None)
 
     def __enter__(self) -> "ActivationRecorder":
         self._own = {
-            tensor.untyped_storage()._cdata for tensor in chain(self._module.parameters(), self._module.buffers())
+            tensor.untyped_storage()._cdata
+            for tensor in chain(self._module.parameters(), self._module.buffers(), self._ignored)
         }
         self._is_weight_copy = self._tracker.is_weight_copy if self._tracker else _WeightCopies(self._module)
         self.position.__enter__()

@@ -25,9 +25,9 @@ _TIMM = {
     "vision_transformer.ParallelThingsBlock": BlockSpec(attn=("attns",), mlp=("ffns",), self_attention="attns"),
     "vision_transformer.ParallelScalingBlock": _ONE_BRANCH,
     "vision_transformer.DiffParallelScalingBlock": _ONE_BRANCH,
-    "vision_transformer_relpos.RelPosBlock": replace(_PRE_NORM, position_bias=True),
-    "vision_transformer_relpos.ResPostRelPosBlock": replace(_POST_NORM, position_bias=True),
-    "beit.Block": replace(_GAMMAS, position_bias=True),
+    "vision_transformer_relpos.RelPosBlock": replace(_PRE_NORM, biases=("shared_rel_pos",)),
+    "vision_transformer_relpos.ResPostRelPosBlock": replace(_POST_NORM, biases=("shared_rel_pos",)),
+    "beit.Block": replace(_GAMMAS, biases=("shared_rel_pos_bias",)),
     "eva.EvaBlock": replace(_GAMMAS, tables=_ROPE),
     "eva.EvaBlockPostNorm": replace(_POST_NORM, tables=_ROPE),
     "deepseek_vit.DeepseekVitBlock": BlockSpec(

@@ -48,6 +48,7 @@ _BEIT = BlockSpec(
     attn=("layernorm_before", "attention", "dropout", "lambda_1", "drop_path"),
     mlp=("layernorm_after", "mlp", "dropout", "lambda_2", "drop_path"),
     self_attention="attention",
+    biases=("attention_mask",),
     attention_arguments=beit_arguments,
 )
 _CLIP = BlockSpec(attn=("layer_norm1", "self_attn"), mlp=("layer_norm2", "mlp"), self_attention="self_attn")

@@ -215,5 +215,17 @@ def width_of(vit: nn.Module) -> int | None:
     return next((width for width in widths if isinstance(width, int)), None)
 
 
+def draws_positions(vit: nn.Module) -> str | None:
+    """Name the part of a ViT that shifts or scales positions at random in the mode that it is in, if one does."""
+    return next((name for name, part in vit.named_children() if part.training and _moves_positions(part)), None)
+
+
+def _moves_positions(part: nn.Module) -> bool:
+    if full_name(type(part)) != "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTRopePositionEmbedding":
+        return bool(getattr(part, "aug_active", False))  # timm's
+    names = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
+    return any(getattr(part.config, name) is not None for name in names)
+
+
 def _row(module: nn.Module) -> ViTRow | HeadRow | None:
     return next((row for cls in type(module).__mro__ if (row := _ROWS.get(full_name(cls)))), None)

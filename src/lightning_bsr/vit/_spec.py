@@ -49,9 +49,9 @@ class BlockSpec:
         self_attention: The name in ``attn`` that holds the self-attention; it is given the extra arguments of
             the block's forward (attention mask and the like). In a list of modules, it is their child ``attn`` that is.
         tables: The arguments of the block's forward that have a row for each patch token.
+        biases: Those that hold a bias for each pair of positions, the same for all images.
         attention_arguments: What makes of these keyword arguments those of the self-attention, given the block, where
             they differ.
-        position_bias: Whether the attention has a bias of its own for each pair of positions.
         keeps_tokens: Why tokens cannot be dropped in such blocks, as the end of a sentence; empty where they can.
 
     Example:
@@ -63,14 +63,9 @@ class BlockSpec:
     mlp: tuple[str, ...]
     self_attention: str = "attn"
     tables: tuple[TokenTable, ...] = ()
+    biases: tuple[str, ...] = ()
     attention_arguments: Callable[[nn.Module, Mapping[str, Any]], dict[str, Any]] | None = None
-    position_bias: bool = False
     keeps_tokens: str = ""
-
-    @property
-    def is_positioned(self) -> bool:
-        """Whether the block computes something else for the same tokens at other positions."""
-        return bool(self.tables) or self.position_bias
 
     @property
     def is_one_branch(self) -> bool:

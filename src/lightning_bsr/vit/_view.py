@@ -8,7 +8,7 @@ from numbers import Integral
 from torch import nn
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.vit._owners import Places, num_patch_tokens, patch_size_of, width_of
+from lightning_bsr.vit._owners import Places, draws_positions, num_patch_tokens, patch_size_of, width_of
 from lightning_bsr.vit._spec import BlockSpec
 
 
@@ -81,6 +81,11 @@ class ViTView:
     def width(self) -> int | None:
         """How many channels a token has, or ``None`` where the model does not say."""
         return width_of(self.trunk)
+
+    @property
+    def draws_positions(self) -> str | None:
+        """The part that shifts or scales positions at random in the mode that it is in, or ``None``."""
+        return draws_positions(self.trunk)
 
     def patch_grid(self, num_patches: int, height: int, width: int) -> tuple[int, int]:
         """Say in how many rows and columns the patches of an image lie.
