@@ -2,7 +2,6 @@
 
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
@@ -11,6 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from typing_extensions import override
 
 import lightning_bsr
+from lightning_bsr._cli_checkpoint import check_ckpt_path, names_model
 from lightning_bsr._cli_errors import one_line
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr._subcommands import SUBCOMMANDS, CommandTrainer, instantiating
@@ -21,7 +21,6 @@ _WARNINGS_TO_HIDE = (
     "The '.*' does not have many workers",  # the data modules choose their workers
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # between lightning 2.6 and torch, not the user's to mend
 )
-_CHECKPOINT_NAMES = ("last", "hpc")  # not "best": no process knows another's
 
 
 class BSRCLI(LightningCLI):
@@ -65,13 +64,18 @@ class BSRCLI(LightningCLI):
         return LightningCLI.subcommands() | SUBCOMMANDS
 
     @override
-    def before_instantiate_classes(self) -> None:
-        path = self._get(self.config, "ckpt_path")
-        if path and path not in _CHECKPOINT_NAMES and "://" not in path and not Path(path).exists():
-            raise ConfigurationError(
-                f"ckpt_path is {path!r}, but there is no such file; expected a checkpoint file or one of "
-                f"{', '.join(map(repr, _CHECKPOINT_NAMES))}."
-            )
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        subcommand = self.config.get("subcommand")
+        self._ckpt_path: str | None = self.config[subcommand].get("ckpt_path") if subcommand else None
+        if self._ckpt_path:
+            check_ckpt_path(self._ckpt_path, subcommand)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        # LightningCLI would make a configuration of hyperparameters of any class.
+        if self._ckpt_path and names_model(self._ckpt_path):
+            super()._parse_ckpt_path()
 
     @override
     def instantiate_classes(self) -> None:
