@@ -81,6 +81,30 @@ def test_export__takes_a_delta(configured, data, tmp_path, capsys):
         torch.testing.assert_close(torch.export.load(path).module()(pictures), module.eval()(pictures))
 
 
+@pytest.mark.parametrize("trained_with_drop", [True, False])
+def test_export__refuses_a_delta_that_was_trained_with_another_drop(trained_with_drop, data, tmp_path):
+    base, module = PlainModule(num_classes=10), PlainModule(num_classes=10)
+    module.load_state_dict(base.state_dict())
+    select_blocks_(module, [3])
+    if trained_with_drop:
+        install_token_drop(module, [2, 4], [0.7, 0.5], detach=True)
+    save_delta(module, tmp_path / "delta.safetensors")
+    what_trained = (
+        "TokenDrop(blocks=[2, 4], fuse=True, keep_rate=[0.7, 0.5], normalize=False, restore=False, score='cls', "
+        "vit='model.blocks')"
+    )
+    with pytest.raises(ConfigurationError) as error:
+        trainer_with(TokenDrop([2, 4], 0.5)).export(
+            base, str(tmp_path / "model.pt2"), data, delta=str(tmp_path / "delta.safetensors")
+        )
+    assert str(error.value) == (
+        "The configuration drops tokens by TokenDrop(blocks=[2, 4], fuse=True, keep_rate=[0.5, 0.5], "
+        f"normalize=False, restore=False, score='cls', vit='model.blocks'), but '{tmp_path / 'delta.safetensors'}' was trained "
+        f"with {what_trained if trained_with_drop else 'no TokenDrop'}; give the same TokenDrop, or leave it out of "
+        "trainer.callbacks to drop tokens as in training."
+    )
+
+
 def test_export__of_a_module_without_drops_says_so(data, tmp_path, capsys):
     path = tmp_path / "model.pt2"
     trainer_with().export(PlainModule(num_classes=10), str(path), data, batch_size=16)
