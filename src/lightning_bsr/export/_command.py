@@ -73,11 +73,7 @@ class ExportCommand(Trainer):
             weights_only: As validate has it.
         """
         path = Path(output)
-        format = check_format(path, format)
-        check_path(path, overwrite=overwrite)
-        if batch_size < 1:
-            raise ConfigurationError(f"batch_size is {batch_size}, expected 1 or more.")
-        exporter = _Exporter(path, format, batch_size, overwrite, delta, vit)
+        exporter = _Exporter(path, check_format(path, format), batch_size, overwrite, delta, vit)
         self.callbacks.append(exporter)  # type: ignore[attr-defined]  # set by one of the Trainer's connectors
         with warnings.catch_warnings():
             # No checkpoint is written.
@@ -158,12 +154,22 @@ def _described(drops: Sequence[Mapping[str, Any]]) -> str:
 
 @contextlib.contextmanager
 def exporting_configuration(cli: LightningCLI) -> Iterator[None]:
-    """While the context lasts, ``cli`` makes a Trainer for one process on the CPU that writes nothing.
+    """Check the options of ``export``; while the context lasts, ``cli`` makes a Trainer on the CPU that writes nothing.
 
     Args:
         cli: A command line that has parsed its arguments but made nothing yet.
+
+    Raises:
+        ConfigurationError: An option is wrong.
     """
     section = cli.config[str(cli.subcommand)]
+    path = Path(section["output"])
+    check_format(path, section["format"])
+    check_path(path, overwrite=section["overwrite"], by="--overwrite true")
+    if section["batch_size"] < 1:
+        raise ConfigurationError(f"batch_size is {section['batch_size']}, expected 1 or more.")
+    if section["delta"] is not None and not Path(section["delta"]).is_file():
+        raise ConfigurationError(f"delta is {section['delta']!r}, but there is no such file.")
     section["trainer"].update(dict_to_namespace(_TRAINER))
     cli.save_config_callback = None
     yield
