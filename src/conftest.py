@@ -7,5 +7,5 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _seeded() -> None:
     torch.manual_seed(0)
