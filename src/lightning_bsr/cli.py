@@ -1,5 +1,6 @@
 """The command line: LightningCLI with this package's models, data and callbacks, and errors in one line."""
 
+import contextlib
 import sys
 import warnings
 from typing import Any
@@ -13,7 +14,7 @@ import lightning_bsr
 from lightning_bsr._cli_checkpoint import check_ckpt_path, names_model
 from lightning_bsr._cli_errors import one_line
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr._subcommands import SUBCOMMANDS, CommandTrainer, instantiating
+from lightning_bsr._subcommands import SUBCOMMANDS, TRAINS_NOTHING, CommandTrainer, instantiating, without_infos
 
 _WARNINGS_TO_HIDE = (
     "LightningCLI's args parameter is intended to run from within Python",  # as main's is
@@ -36,19 +37,20 @@ class BSRCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str] | dict[str, Any] | None = None, *, run: bool = True) -> None:
-        super().__init__(
-            LightningModule,
-            LightningDataModule,
-            trainer_class=CommandTrainer,
-            save_config_callback=SaveConfigCallback if run else None,
-            run=run,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "lightning-bsr", "version": lightning_bsr.__version__, "exit_on_error": False},
-            args=args,
-        )
+        with contextlib.ExitStack() as self._contexts:
+            super().__init__(
+                LightningModule,
+                LightningDataModule,
+                trainer_class=CommandTrainer,
+                save_config_callback=SaveConfigCallback if run else None,
+                run=run,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                save_config_kwargs={"overwrite": True},
+                parser_kwargs={"prog": "lightning-bsr", "version": lightning_bsr.__version__, "exit_on_error": False},
+                args=args,
+            )
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -68,6 +70,8 @@ class BSRCLI(LightningCLI):
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")
         self._ckpt_path: str | None = self.config[subcommand].get("ckpt_path") if subcommand else None
+        if subcommand in TRAINS_NOTHING:
+            self._contexts.enter_context(without_infos())
         if self._ckpt_path:
             check_ckpt_path(self._ckpt_path, subcommand)
 
