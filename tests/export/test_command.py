@@ -100,8 +100,8 @@ def test_export__refuses_a_delta_that_was_trained_with_another_drop(trained_with
     assert str(error.value) == (
         "The configuration drops tokens by TokenDrop(blocks=[2, 4], fuse=True, keep_rate=[0.5, 0.5], "
         f"normalize=False, restore=False, score='cls', vit='model.blocks'), but '{tmp_path / 'delta.safetensors'}' was "
-        f"trained with {what_trained if trained_with_drop else 'no TokenDrop'}; give the same TokenDrop, or leave it out of "
-        "trainer.callbacks to drop tokens as in training."
+        f"trained with {what_trained if trained_with_drop else 'no TokenDrop'}; give the same TokenDrop, or leave it "
+        "out of trainer.callbacks to drop tokens as in training."
     )
 
 
