@@ -2,6 +2,7 @@
 
 import fractions
 import re
+from copy import deepcopy
 
 import pytest
 import torch
@@ -113,3 +114,49 @@ def test_a_checkpoint_of_a_script__is_taken_for_its_weights(subcommand, hyperpar
         main(["export", *given, "--output=model.pt2"])
         written = torch.export.load("model.pt2").state_dict
         torch.testing.assert_close(written["model.head.weight"], module.model.head.weight.data)
+
+
+FIT = [
+    "fit",
+    *MODEL,
+    "--trainer.accelerator=cpu",
+    "--trainer.logger=false",
+    "--trainer.limit_train_batches=1",
+    "--trainer.limit_val_batches=0",
+    "--trainer.callbacks+=BlockSelect",
+]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize(("limit", "other"), [("max_epochs", "max_steps"), ("max_steps", "max_epochs")])
+def test_resuming__says_that_nothing_is_left_and_how_to_go_on(limit, other, here, infos):
+    fit = [*FIT, "--trainer.callbacks.blocks=[1]", f"--trainer.{other}=-1"]
+    main([*fit, f"--trainer.{limit}=1"])
+    (checkpoint,) = here.rglob("*.ckpt")
+    said = (
+        f"Nothing is left to train: {limit} is 1, and the checkpoint has 1 already; a larger --trainer.{limit} goes on."
+    )
+    assert said not in infos
+    main([*fit, f"--trainer.{limit}=1", f"--ckpt_path={checkpoint}"])
+    assert infos.count(said) == 1
+    main([*fit, f"--trainer.{limit}=2", f"--ckpt_path={checkpoint}"])
+    assert infos.count(said) == 1
+    assert len([*here.rglob("*.ckpt")]) > 1
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_resuming_with_another_selection__is_refused_with_what_goes_on(here, capsys, monkeypatch):
+    main([*FIT, "--trainer.callbacks.blocks=[1]", "--trainer.max_epochs=1"])
+    (checkpoint,) = here.rglob("*.ckpt")
+    trained = torch.load(checkpoint, weights_only=True)["state_dict"]
+    other = [*FIT, "--trainer.callbacks.blocks=[0]", "--trainer.max_epochs=2"]
+    assert refusal([*other, f"--ckpt_path={checkpoint}"], capsys).endswith(
+        "; resume with the same selection, or start a new run from its weights, which load_from_checkpoint of the "
+        "module takes in Python, and --model.checkpoint_path instead of --ckpt_path on the command line."
+    )
+    started_with = []
+    monkeypatch.setattr(ViTClassifier, "on_fit_start", lambda self: started_with.append(deepcopy(self.state_dict())))
+    main([*other, f"--model.checkpoint_path={checkpoint}"])
+    (started_with,) = started_with
+    for name, tensor in trained.items():
+        torch.testing.assert_close(started_with[name], tensor, msg=name)

@@ -1,10 +1,13 @@
-"""Looks at the file that ``ckpt_path`` names, before anything is made."""
+"""What the command line makes of the file that ``ckpt_path`` names, and what it says of it."""
 
 import pickle
 from pathlib import Path
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError, safe_open
+from typing_extensions import override
 
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.functional._delta_file import DELTA_FORMAT
@@ -63,6 +66,29 @@ def names_model(path: str) -> bool:
     except pickle.UnpicklingError:  # more than plain data, which is for the Trainer to refuse or to load
         return False
     return "_class_path" in checkpoint.get("hyper_parameters", {})
+
+
+class FinishedRun(Callback):
+    """Says when ``fit`` trained nothing because the checkpoint is of a run that had ended."""
+
+    def __init__(self) -> None:
+        self._trains = False
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trains = True
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._trains:
+            return
+        for name, done in (("max_epochs", trainer.current_epoch), ("max_steps", trainer.global_step)):
+            limit = getattr(trainer, name)
+            if limit is not None and 0 <= limit <= done:
+                rank_zero_info(
+                    f"Nothing is left to train: {name} is {limit}, and the checkpoint has {done} already; a larger "
+                    f"--trainer.{name} goes on."
+                )
 
 
 def _is_delta(path: str) -> bool:

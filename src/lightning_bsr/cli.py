@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from typing_extensions import override
 
 import lightning_bsr
-from lightning_bsr._cli_checkpoint import check_ckpt_path, names_model
+from lightning_bsr._cli_checkpoint import FinishedRun, check_ckpt_path, names_model
 from lightning_bsr._cli_errors import one_line
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr._subcommands import SUBCOMMANDS, TRAINS_NOTHING, CommandTrainer, instantiating, without_infos
@@ -90,6 +90,11 @@ class BSRCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         if self.subcommand in SUBCOMMANDS and isinstance(self.trainer, CommandTrainer):
             self.trainer.cli = self
+
+    def before_fit(self) -> None:
+        """Have it said if a checkpoint leaves nothing to train."""
+        if self._ckpt_path:
+            self.trainer.callbacks.append(FinishedRun())  # type: ignore[attr-defined]  # set by one of the Trainer's connectors
 
     def after_fit(self) -> None:
         """Test the trained model, if asked to."""
