@@ -308,6 +308,25 @@ def test_mistakes__no_traceback_from_the_installed_command(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("lightning-bsr: error: blocks has 99, but the ViT 'model'")
 
 
+@pytest.mark.parametrize("arguments", [["plan"], ["export", "--output=model.pt2"], ["visualize"]])
+def test_subcommands_that_train_nothing__say_nothing_of_lightning(arguments, here, capsys, infos):
+    model = [
+        "--model.model_name=test_vit",
+        "--model.pretrained=false",
+        "--model.model_kwargs={img_size: 32, patch_size: 8, depth: 2}",
+        "--trainer.callbacks+=TokenDrop",
+        "--trainer.callbacks.blocks=[0]",
+        "--trainer.callbacks.keep_rate=0.5",
+        "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=60",
+    ]
+    main([*arguments, *model])
+    assert infos == []
+    assert capsys.readouterr().err == ""
+    main(["validate", *model, "--trainer.limit_val_batches=1"])
+    assert "TokenDrop: blocks 0 of the ViT 'model' (VisionTransformer) keep 0.5 of the patch tokens: " in infos[-1]
+
+
 def test_errors_of_the_code__keep_their_traceback(monkeypatch, here):
     def broken(*args, **kwargs):
         raise ValueError("not the user's fault")

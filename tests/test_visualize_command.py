@@ -106,6 +106,25 @@ def test_pictures__of_a_folder_are_drawn_with_the_weights_of_a_checkpoint(here, 
     assert not (np.abs(pixels.astype(int) - [0, 255, 0]) < 3).all(axis=-1).any()
 
 
+def test_pictures__are_found_among_other_files(here, capsys):
+    for folder in ("pictures/deeper", "pictures/.hidden", "pictures/folder.png"):
+        Path(folder).mkdir(parents=True)
+    for place in ("a.png", "deeper/b.JPG", ".hidden/c.png"):
+        Image.new("RGB", (50, 40), "red").save(Path("pictures", place), "png")
+    for place in ("notes.txt", "._a.png", "deeper/aborted.png"):
+        Path("pictures", place).write_text("no picture")
+    visualize("--output=out", "--pictures=[pictures,cfg.yaml]")
+    assert "survivors-predict.png" in names_in("out")
+    assert "Files skipped that are no pictures: 5, such as pictures/._a.png.\n" in capsys.readouterr().out
+    Path("pictures/a.png").unlink()
+    Path("pictures/deeper/b.JPG").unlink()
+    with pytest.raises(SystemExit):
+        visualize("--output=none", "--pictures=pictures")
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "lightning-bsr: error: No file of pictures can be decoded; the first is 'pictures/deeper/aborted.png'."
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -119,8 +138,8 @@ def test_pictures__of_a_folder_are_drawn_with_the_weights_of_a_checkpoint(here, 
         (["--pictures=no"], "pictures has 'no', but there is no such file or folder."),
         (
             ["--pictures=[cfg.yaml]"],
-            "pictures has 'cfg.yaml', expected files that end in .jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, "
-            ".webp.",
+            "pictures is ['cfg.yaml'], where no file is a picture; expected files that end in .jpg, .jpeg, .png, .ppm, "
+            ".bmp, .pgm, .tif, .tiff, .webp.",
         ),
     ],
 )

@@ -1,6 +1,8 @@
 """The subcommands beside LightningCLI's own: each is a method of this Trainer, whose signature gives its options."""
 
 import contextlib
+import logging
+from collections.abc import Iterator
 
 from lightning.pytorch.cli import LightningCLI
 
@@ -13,6 +15,9 @@ from lightning_bsr.planning._configuration import planning_configuration
 
 SUBCOMMANDS = {name: {"model", "datamodule"} for name in ("compare", "export", "merge", "plan", "visualize")}
 """Each subcommand with the arguments that are no options, as ``LightningCLI.subcommands`` returns them."""
+
+TRAINS_NOTHING = {"export", "plan", "visualize"}
+"""The subcommands to which Lightning's messages on training and hardware say nothing."""
 
 
 class CommandTrainer(PlanCommand, CompareCommand, ExportCommand, MergeCommand, VisualizeCommand):
@@ -32,3 +37,17 @@ def instantiating(cli: LightningCLI) -> contextlib.AbstractContextManager[None]:
     }
     context = contexts.get(str(cli.subcommand))
     return contextlib.nullcontext() if context is None else context(cli)
+
+
+@contextlib.contextmanager
+def without_infos() -> Iterator[None]:
+    """While the context lasts, Lightning says no more than its warnings."""
+    loggers = [logging.getLogger(name) for name in ("lightning.fabric", "lightning.pytorch")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

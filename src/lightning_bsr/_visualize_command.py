@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
+from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
@@ -66,17 +67,21 @@ class VisualizeCommand(Trainer):
             if pictures is None:
                 self.validate(model, datamodule=datamodule, verbose=False, **loading)
             else:
-                loader = _load(_files_of(pictures)[:num_images], model, datamodule, vit)
+                files, skipped = _files_of(pictures)
+                images, undecodable = _load(files, num_images)
+                if skipped := skipped + undecodable:
+                    print(f"Files skipped that are no pictures: {len(skipped)}, such as {skipped[0]}.")
+                loader = _prepare(images, model, datamodule, vit)
                 with _predicting_on_images(model, vit):
                     self.predict(model, loader, return_predictions=False, **loading)
         if not visualizer.files:
             raise ConfigurationError("No picture was drawn: no block drops tokens; add TokenDrop to trainer.callbacks.")
-        files = list(visualizer.files)
+        written = list(visualizer.files)
         if isinstance(planner.result, MemoryReport):
-            files.append(publish_figure(self, Path(output), "memory-by-block", plot_blocks(planner.result)))
+            written.append(publish_figure(self, Path(output), "memory-by-block", plot_blocks(planner.result)))
         else:
             print(f"The memory of a step is not drawn. {planner.result or 'fit would train on no batch.'}")
-        print(f"Written: {', '.join(map(str, files))}.")
+        print(f"Written: {', '.join(map(str, written))}.")
 
 
 @contextlib.contextmanager
@@ -115,22 +120,45 @@ def _plan(step: FitStep, vit: str | None) -> MemoryReport | ConfigurationError:
         return error
 
 
-def _files_of(pictures: Sequence[str] | str) -> list[Path]:
+def _files_of(pictures: Sequence[str] | str) -> tuple[list[Path], list[Path]]:
+    """List the files that are named like pictures, and the others, of which hidden ones are."""
     files: list[Path] = []
+    others: list[Path] = []
     for name in [pictures] if isinstance(pictures, str) else pictures:
         path = Path(name)
         if not path.exists():
             raise ConfigurationError(f"pictures has {name!r}, but there is no such file or folder.")
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found = [file for file in found if file.suffix.lower() in IMG_EXTENSIONS]
-        if not found:
-            raise ConfigurationError(f"pictures has {name!r}, expected files that end in {', '.join(IMG_EXTENSIONS)}.")
-        files += found
-    return files
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                # Below the given folder, which may be hidden itself.
+                hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+                (others if hidden or file.suffix.lower() not in IMG_EXTENSIONS else files).append(file)
+    if not files:
+        raise ConfigurationError(
+            f"pictures is {pictures!r}, where no file is a picture; expected files that end in "
+            f"{', '.join(IMG_EXTENSIONS)}."
+        )
+    return files, others
 
 
-def _load(
-    files: Sequence[Path], model: LightningModule, datamodule: LightningDataModule | None, vit: str | None
+def _load(files: Sequence[Path], num_images: int) -> tuple[list[Image.Image], list[Path]]:
+    """Read as many pictures as are wanted, and list the files before the last of them that cannot be decoded."""
+    images: list[Image.Image] = []
+    undecodable: list[Path] = []
+    for file in files:
+        if len(images) == num_images:
+            break
+        try:
+            images.append(load_rgb(file))
+        except OSError:
+            undecodable.append(file)
+    if not images:
+        raise ConfigurationError(f"No file of pictures can be decoded; the first is '{files[0]}'.")
+    return images, undecodable
+
+
+def _prepare(
+    images: Sequence[Image.Image], model: LightningModule, datamodule: LightningDataModule | None, vit: str | None
 ) -> DataLoader[Any]:
     """Give one batch of pictures as the data module's own, or else the ViT's pretrained_cfg, would have them."""
     own: Mapping[str, Any] = getattr(find_vit(model, vit).model, "pretrained_cfg", None) or {}
@@ -150,8 +178,8 @@ def _load(
             v2.ToPureTensor(),
         ]
     )
-    images = [transform(load_rgb(file)) for file in files]
-    return DataLoader(images, batch_size=len(images))  # type: ignore[arg-type]  # a list is a dataset
+    batch = [transform(image) for image in images]
+    return DataLoader(batch, batch_size=len(batch))  # type: ignore[arg-type]  # a list is a dataset
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """The command line: LightningCLI with this package's models, data and callbacks, and errors in one line."""
 
+import contextlib
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
@@ -11,9 +11,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from typing_extensions import override
 
 import lightning_bsr
+from lightning_bsr._cli_checkpoint import FinishedRun, check_ckpt_path, names_model
 from lightning_bsr._cli_errors import one_line
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr._subcommands import SUBCOMMANDS, CommandTrainer, instantiating
+from lightning_bsr._subcommands import SUBCOMMANDS, TRAINS_NOTHING, CommandTrainer, instantiating, without_infos
 
 _WARNINGS_TO_HIDE = (
     "LightningCLI's args parameter is intended to run from within Python",  # as main's is
@@ -21,7 +22,6 @@ _WARNINGS_TO_HIDE = (
     "The '.*' does not have many workers",  # the data modules choose their workers
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # between lightning 2.6 and torch, not the user's to mend
 )
-_CHECKPOINT_NAMES = ("last", "hpc")  # not "best": no process knows another's
 
 
 class BSRCLI(LightningCLI):
@@ -37,19 +37,20 @@ class BSRCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str] | dict[str, Any] | None = None, *, run: bool = True) -> None:
-        super().__init__(
-            LightningModule,
-            LightningDataModule,
-            trainer_class=CommandTrainer,
-            save_config_callback=SaveConfigCallback if run else None,
-            run=run,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "lightning-bsr", "version": lightning_bsr.__version__, "exit_on_error": False},
-            args=args,
-        )
+        with contextlib.ExitStack() as self._contexts:
+            super().__init__(
+                LightningModule,
+                LightningDataModule,
+                trainer_class=CommandTrainer,
+                save_config_callback=SaveConfigCallback if run else None,
+                run=run,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                save_config_kwargs={"overwrite": True},
+                parser_kwargs={"prog": "lightning-bsr", "version": lightning_bsr.__version__, "exit_on_error": False},
+                args=args,
+            )
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -65,13 +66,23 @@ class BSRCLI(LightningCLI):
         return LightningCLI.subcommands() | SUBCOMMANDS
 
     @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        subcommand = self.config.get("subcommand")
+        self._ckpt_path: str | None = self.config[subcommand].get("ckpt_path") if subcommand else None
+        if subcommand in TRAINS_NOTHING:
+            self._contexts.enter_context(without_infos())
+        if self._ckpt_path:
+            check_ckpt_path(self._ckpt_path, subcommand)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        # LightningCLI would make a configuration of hyperparameters of any class.
+        if self._ckpt_path and names_model(self._ckpt_path):
+            super()._parse_ckpt_path()
+
+    @override
     def before_instantiate_classes(self) -> None:
-        path = self._get(self.config, "ckpt_path")
-        if path and path not in _CHECKPOINT_NAMES and "://" not in path and not Path(path).exists():
-            raise ConfigurationError(
-                f"ckpt_path is {path!r}, but there is no such file; expected a checkpoint file or one of "
-                f"{', '.join(map(repr, _CHECKPOINT_NAMES))}."
-            )
         if self.subcommand in LightningCLI.subcommands():
             self._log_to_csv_by_default()
 
@@ -91,6 +102,11 @@ class BSRCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         if self.subcommand in SUBCOMMANDS and isinstance(self.trainer, CommandTrainer):
             self.trainer.cli = self
+
+    def before_fit(self) -> None:
+        """Have it said if a checkpoint leaves nothing to train."""
+        if self._ckpt_path:
+            self.trainer.callbacks.append(FinishedRun())  # type: ignore[attr-defined]  # set by one of the Trainer's connectors
 
     def after_fit(self) -> None:
         """Test the trained model, if asked to."""

@@ -220,7 +220,9 @@ def test_resume__with_another_selection_is_refused(make_trainer, images, tmp_pat
     assert str(error.value) == (
         "The checkpoint was trained with BlockSelect(blocks={1: ['attn', 'mlp'], 3: ['attn', 'mlp']}, head=True, "
         "norm=True), which differs from the present BlockSelect(blocks={2: ['mlp']}, head=True, norm=False), so the "
-        "optimizer's state does not fit; resume with the same selection, or load only the weights."
+        "optimizer's state does not fit; resume with the same selection, or start a new run from its weights, which "
+        "load_from_checkpoint of the module takes in Python, and --model.checkpoint_path instead of --ckpt_path on the "
+        "command line."
     )
 
 

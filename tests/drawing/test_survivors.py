@@ -43,7 +43,7 @@ def test_draw_survivors__shows_what_is_kept_and_greys_what_is_gone(pictures, sur
     figure = draw_survivors(pictures, survivors, GRID, labels=["cat", "dog"])
     axes = panels(figure, 3)
     assert figure.get_suptitle() == "Patches that survive each drop"
-    assert [a.get_title() for a in axes[0]] == ["picture", "block 3\n3 of 6 left", "block 7\n1-2 of 6 left"]
+    assert [a.get_title() for a in axes[0]] == ["picture", "block 3\n3 of 6 left", "block 7\nup to 2 of 6 left"]
     assert [a.get_ylabel() for a in axes[:, 0]] == ["cat", "dog"]
     for row in range(2):
         assert np.array_equal(shown(axes[row, 0]), pictures[row])
@@ -85,7 +85,8 @@ def test_draw_classes__is_the_share_of_pictures_by_place(survivors):
     kept = survivors[7].kept.float()
     for panel, expected in zip(axes[1], (kept.mean(0), kept[0], (kept[0] + 2 * kept[1]) / 3), strict=True):
         np.testing.assert_allclose(shown(panel), expected.view(GRID), rtol=1e-6)
-    assert len({a.images[0].get_clim() for a in axes[1]}) == 1
+    assert {a.images[0].get_clim() for a in axes.flat} == {(0, 1)}
+    assert len(figure.axes) == 6 + 1  # one colour bar
 
 
 def test_draw_classes__of_many_classes_has_those_with_the_most_pictures(survivors):

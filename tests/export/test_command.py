@@ -81,6 +81,30 @@ def test_export__takes_a_delta(configured, data, tmp_path, capsys):
         torch.testing.assert_close(torch.export.load(path).module()(pictures), module.eval()(pictures))
 
 
+@pytest.mark.parametrize("trained_with_drop", [True, False])
+def test_export__refuses_a_delta_that_was_trained_with_another_drop(trained_with_drop, data, tmp_path):
+    base, module = PlainModule(num_classes=10), PlainModule(num_classes=10)
+    module.load_state_dict(base.state_dict())
+    select_blocks_(module, [3])
+    if trained_with_drop:
+        install_token_drop(module, [2, 4], [0.7, 0.5], detach=True)
+    save_delta(module, tmp_path / "delta.safetensors")
+    what_trained = (
+        "TokenDrop(blocks=[2, 4], fuse=True, keep_rate=[0.7, 0.5], normalize=False, restore=False, score='cls', "
+        "vit='model.blocks')"
+    )
+    with pytest.raises(ConfigurationError) as error:
+        trainer_with(TokenDrop([2, 4], 0.5)).export(
+            base, str(tmp_path / "model.pt2"), data, delta=str(tmp_path / "delta.safetensors")
+        )
+    assert str(error.value) == (
+        "The configuration drops tokens by TokenDrop(blocks=[2, 4], fuse=True, keep_rate=[0.5, 0.5], "
+        f"normalize=False, restore=False, score='cls', vit='model.blocks'), but '{tmp_path / 'delta.safetensors'}' was "
+        f"trained with {what_trained if trained_with_drop else 'no TokenDrop'}; give the same TokenDrop, or leave it "
+        "out of trainer.callbacks to drop tokens as in training."
+    )
+
+
 def test_export__of_a_module_without_drops_says_so(data, tmp_path, capsys):
     path = tmp_path / "model.pt2"
     trainer_with().export(PlainModule(num_classes=10), str(path), data, batch_size=16)
@@ -88,18 +112,42 @@ def test_export__of_a_module_without_drops_says_so(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("arguments", "message"),
     [
-        ({"batch_size": 0}, "batch_size is 0, expected 1 or more."),
+        (["--output=old.onnx"], "The file is 'old.onnx', which exists already; with --overwrite true it is replaced."),
         (
-            {"batch_size": 500},
-            "batch_size is 500, but there are only 237 validation pictures to check on.",
+            ["--output=model.tflite"],
+            "The file is 'model.tflite', expected a name that goes with one of 'onnx' (.onnx), 'pt2' (.pt2), "
+            "'executorch' (.pte).",
         ),
-        ({"delta": "none.safetensors"}, "'none.safetensors' does not exist, expected a delta file."),
+        (
+            ["--output=model.onnx", "--format=pt2"],
+            "The file is 'model.onnx' with format 'pt2', expected a name that goes with one of 'onnx' (.onnx), 'pt2' "
+            "(.pt2), 'executorch' (.pte).",
+        ),
+        (["--output=no/model.pt2"], "The file is 'no/model.pt2', but there is no folder 'no'; make it first."),
+        (["--output=folder.pt2", "--overwrite=true"], "The file is 'folder.pt2', which is a folder."),
+        (["--output=model.pt2", "--batch_size=0"], "batch_size is 0, expected 1 or more."),
+        (
+            ["--output=model.pt2", "--delta=none.safetensors"],
+            "delta is 'none.safetensors', but there is no such file.",
+        ),
     ],
 )
-def test_export__refuses(options, message, data, tmp_path):
+def test_mistakes__end_in_one_line_before_anything_is_made(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.onnx").touch()
+    (tmp_path / "folder.pt2").mkdir()
+    monkeypatch.setattr(DigitsDataModule, "__init__", lambda self: pytest.fail("the data were made"))
+    with pytest.raises(SystemExit) as stop:
+        main(["export", *arguments])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"lightning-bsr: error: {message}"
+
+
+def test_export__refuses_a_batch_of_more_pictures_than_there_are(data, tmp_path):
     with pytest.raises(ConfigurationError) as error:
-        trainer_with().export(PlainModule(num_classes=10), str(tmp_path / "model.pt2"), data, **options)
-    assert str(error.value) == message
+        trainer_with().export(PlainModule(num_classes=10), str(tmp_path / "model.pt2"), data, batch_size=500)
+    assert str(error.value) == "batch_size is 500, but there are only 237 validation pictures to check on."
     assert not any(tmp_path.iterdir())

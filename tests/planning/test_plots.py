@@ -60,7 +60,7 @@ def test_plot_blocks__stacks_the_halves_of_each_block_per_image(report):
     assert [bar.get_y() for bar in bars.containers[1]] == [0, 0, 1.0, 0.5, 0]
     assert [label.get_text() for label in bars.get_xticklabels()] == ["embed", "0", "1", "2", "head"]
     assert bars.get_ylim()[1] > 1.5
-    assert bars.get_ylabel() == "kept for backward, MiB an image"
+    assert bars.get_ylabel() == "kept for backward, MiB per image of a batch of 4"
     assert [*tokens.lines[0].get_ydata()] == [65, 65, 55, 45]
     assert legend_of(figure) == ["attention half", "MLP half", "neither half", "tokens (right)", "trains"]
 
@@ -75,7 +75,7 @@ def test_plot_blocks__marks_what_trains(report):
 
 def test_plot_blocks__of_a_batch_of_unknown_size_is_per_batch():
     axes = plot_blocks(report_of([(4, 2)], batch_size=None)).axes[0]
-    assert axes.get_ylabel() == "kept for backward, MiB a batch"
+    assert axes.get_ylabel() == "kept for backward, MiB per batch"
     assert bars_of(axes)["attention half"] == [0, 4.0, 0]
 
 

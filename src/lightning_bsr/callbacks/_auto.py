@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.callbacks._attach import Handle
-from lightning_bsr.callbacks._conflicts import callbacks_of, has_whole_weights, refuse_batch_size_search
+from lightning_bsr.callbacks._conflicts import NEW_RUN, callbacks_of, has_whole_weights, refuse_batch_size_search
 from lightning_bsr.callbacks._training_step import first_batches, optimizers_over_all, quiet_training_step
 from lightning_bsr.callbacks.lean_activations import LeanActivations
 from lightning_bsr.callbacks.token_drop import TokenDrop
@@ -121,7 +121,7 @@ class AutoConfiguration:
             if self._attached[2] and state_dict:
                 raise ConfigurationError(
                     "The checkpoint was trained with a fixed choice, and now a memory budget chooses, so the state of "
-                    "the optimizer may not fit; resume with what it was trained with, or load only the weights."
+                    f"the optimizer may not fit; resume with what it was trained with, or {NEW_RUN}."
                 )
             return handle
         restored = Configuration.from_dict(state_dict["auto"])

@@ -15,6 +15,11 @@ from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.vit import ViTView
 
 AVERAGES = (WeightAveraging, StochasticWeightAveraging)
+NEW_RUN = (
+    "start a new run from its weights, which load_from_checkpoint of the module takes in Python, and "
+    "--model.checkpoint_path instead of --ckpt_path on the command line"
+)
+"""What to do with a checkpoint that training cannot resume from."""
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

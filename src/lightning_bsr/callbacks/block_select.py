@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.callbacks._attach import AttachingCallback, Handle
 from lightning_bsr.callbacks._auto import AutoConfiguration
-from lightning_bsr.callbacks._conflicts import refuse_unfreezing
+from lightning_bsr.callbacks._conflicts import NEW_RUN, refuse_unfreezing
 from lightning_bsr.functional import BlockSelection, select_blocks_
 from lightning_bsr.memory import BudgetKind, BudgetPlan, Configuration, parse_bytes
 from lightning_bsr.memory._configuration import InstalledConfiguration
@@ -143,7 +143,7 @@ class BlockSelect(AttachingCallback):
             raise ConfigurationError(
                 f"The checkpoint was trained with BlockSelect({_describe(state_dict)}), which differs from the "
                 f"present BlockSelect({_describe(self._selected)}), so the optimizer's state does not fit; resume "
-                "with the same selection, or load only the weights."
+                f"with the same selection, or {NEW_RUN}."
             )
 
 

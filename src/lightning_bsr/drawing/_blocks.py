@@ -31,7 +31,7 @@ def plot_blocks(report: MemoryReport, *, full: MemoryReport | None = None) -> "F
         >>> from lightning_bsr.memory import plan
         >>> figure = plot_blocks(plan(timm.create_model("test_vit"), (8, 3, 160, 160)))
         >>> figure.axes[0].get_ylabel()
-        'kept for backward, MiB an image'
+        'kept for backward, MiB per image of a batch of 8'
     """
     return draw_panels([lambda axes: draw_blocks(axes, report, full)], ["Memory by block"])
 
@@ -83,9 +83,10 @@ def draw_blocks(axes: "Axes", report: MemoryReport, full: MemoryReport | None) -
     axes.set_xticks(positions, [line.name for line in lines], rotation=90 if len(lines) > 20 else 0)
     for position in trained:
         axes.get_xticklabels()[position].set_fontweight("bold")
+    unit = f"MiB per image of a batch of {report.batch_size}" if report.batch_size else "MiB per batch"
     axes.set(
         xlabel="block",
-        ylabel=f"kept for backward, MiB {'an image' if report.batch_size else 'a batch'}",
+        ylabel=f"kept for backward, {unit}",
         xlim=(-0.5, len(lines) - 0.5),
         ylim=(0, 1.08 * max(bottoms) or 1),
     )

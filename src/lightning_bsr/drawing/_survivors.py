@@ -91,7 +91,9 @@ def draw_survivors(
     with _rows_of_pictures(pictures, survivors, labels, "Patches that survive each drop") as (figure, axes):
         grey = _GONE + _SHINES_THROUGH * (pictures.mean(dim=-1, keepdim=True) - 1)
         for column, (block, (kept, _)) in enumerate(survivors.items(), start=1):
-            axes[0, column].set_title(f"block {block}\n{_range(kept.sum(dim=1))} of {kept.shape[1]} left", fontsize=10)
+            axes[0, column].set_title(
+                f"block {block}\n{_at_most(kept.sum(dim=1))} of {kept.shape[1]} left", fontsize=10
+            )
             masks = _enlarge(kept, grid, pictures.shape[1:3]).cpu().unsqueeze(-1)
             for row, shown in enumerate(torch.where(masks, pictures, grey)):
                 axes[row, column].imshow(shown.numpy(), interpolation="nearest")
@@ -152,7 +154,8 @@ def draw_scores(
 def draw_classes(counts: SurvivorCounts, grid: tuple[int, int]) -> "Figure":
     r"""Draw at which places patches survive, as the share of a class's pictures: blocks that drop by classes.
 
-    The first column is of all pictures; of many classes those are drawn that have the most pictures.
+    The first column is of all pictures; of many classes those are drawn that have the most pictures. All maps have one
+    scale of colours.
 
     Args:
         counts: Pictures that were counted.
@@ -188,14 +191,13 @@ def draw_classes(counts: SurvivorCounts, grid: tuple[int, int]) -> "Figure":
         figure.suptitle(title, fontweight="bold", fontsize=13)
         axes = figure.subplots(len(blocks), len(maps), squeeze=False)
         for row, block in enumerate(blocks):
-            highest = max(float(each[block].max()) for each in maps)
             for panel, each in zip(axes[row], maps, strict=True):
-                image = panel.imshow(each[block].unflatten(0, grid).numpy(), cmap=_COLOURS, vmin=0, vmax=highest)
+                image = panel.imshow(each[block].unflatten(0, grid).numpy(), cmap=_COLOURS, vmin=0, vmax=1)
                 _hide_ticks(panel)
             axes[row, 0].set_ylabel(f"block {block}", fontsize=10)
-            bar = figure.colorbar(image, ax=axes[row].tolist(), format=lambda share, _: f"{share:.0%}", pad=0.01)
-            bar.ax.locator_params(nbins=4)
-            bar.ax.tick_params(labelsize=8)
+        bar = figure.colorbar(image, ax=axes.ravel().tolist(), format=lambda share, _: f"{share:.0%}", pad=0.01)
+        bar.ax.locator_params(nbins=4)
+        bar.ax.tick_params(labelsize=8)
         for panel, title in zip(axes[0], titles, strict=True):
             panel.set_title(title, fontsize=9)
     return figure
@@ -235,6 +237,7 @@ def _enlarge(values: torch.Tensor, grid: tuple[int, int], size: Sequence[int]) -
     return enlarged
 
 
-def _range(counts: torch.Tensor) -> str:
+def _at_most(counts: torch.Tensor) -> str:
+    """Say in one number how many patches are left: where a fused token outlives one, that picture has one fewer."""
     low, high = int(counts.min()), int(counts.max())
-    return f"{low}" if low == high else f"{low}-{high}"
+    return f"{high}" if low == high else f"up to {high}"

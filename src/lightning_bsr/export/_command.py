@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from lightning_bsr.callbacks._training_step import load_batches
 from lightning_bsr.export._export import Exported, check_path, export_model
 from lightning_bsr.export._formats import Format, check_format
 from lightning_bsr.export._ties import token_drops
-from lightning_bsr.functional import load_delta, merge_delta
+from lightning_bsr.functional import load_delta, read_delta
+from lightning_bsr.functional._delta import merge, what_it_computes
+from lightning_bsr.functional._delta_file import Delta
 from lightning_bsr.vit import find_vit
 
 _MIN_PICTURES = 16
@@ -71,11 +73,7 @@ class ExportCommand(Trainer):
             weights_only: As validate has it.
         """
         path = Path(output)
-        format = check_format(path, format)
-        check_path(path, overwrite=overwrite)
-        if batch_size < 1:
-            raise ConfigurationError(f"batch_size is {batch_size}, expected 1 or more.")
-        exporter = _Exporter(path, format, batch_size, overwrite, delta, vit)
+        exporter = _Exporter(path, check_format(path, format), batch_size, overwrite, delta, vit)
         self.callbacks.append(exporter)  # type: ignore[attr-defined]  # set by one of the Trainer's connectors
         with warnings.catch_warnings():
             # No checkpoint is written.
@@ -107,7 +105,9 @@ class _Exporter(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.inference_mode(False):
             if self.delta is not None and token_drops(pl_module):
-                pl_module.load_state_dict(merge_delta(pl_module, self.delta))
+                trained = read_delta(self.delta)
+                _check_drop(pl_module, trained, self.delta)
+                pl_module.load_state_dict(merge(pl_module.state_dict(), trained, f"'{self.delta}'"))
             elif self.delta is not None:
                 print(load_delta(pl_module, self.delta))
             self.drops = bool(token_drops(pl_module))
@@ -133,14 +133,43 @@ class _Exporter(Callback):
         return list(torch.stack(found[: wanted - wanted % self.batch_size]).split(self.batch_size))
 
 
+def _check_drop(pl_module: LightningModule, delta: Delta, path: str) -> None:
+    """Refuse to drop other tokens than training did, which would give another model than was trained."""
+    configured = _described(what_it_computes(pl_module)["token_drop"])
+    trained = _described(delta.configuration.get("token_drop", ()))
+    if configured != trained:
+        raise ConfigurationError(
+            f"The configuration drops tokens by {configured}, but '{path}' was trained with {trained}; give the same "
+            "TokenDrop, or leave it out of trainer.callbacks to drop tokens as in training."
+        )
+
+
+def _described(drops: Sequence[Mapping[str, Any]]) -> str:
+    """Say in one line which tokens are dropped; ``detach`` is left out, as it changes gradients alone."""
+    each = (
+        ", ".join(f"{name}={value!r}" for name, value in sorted(drop.items()) if name != "detach") for drop in drops
+    )
+    return " and ".join(f"TokenDrop({arguments})" for arguments in each) or "no TokenDrop"
+
+
 @contextlib.contextmanager
 def exporting_configuration(cli: LightningCLI) -> Iterator[None]:
-    """While the context lasts, ``cli`` makes a Trainer for one process on the CPU that writes nothing.
+    """Check the options of ``export``; while the context lasts, ``cli`` makes a Trainer on the CPU that writes nothing.
 
     Args:
         cli: A command line that has parsed its arguments but made nothing yet.
+
+    Raises:
+        ConfigurationError: An option is wrong.
     """
     section = cli.config[str(cli.subcommand)]
+    path = Path(section["output"])
+    check_format(path, section["format"])
+    check_path(path, overwrite=section["overwrite"], by="--overwrite true")
+    if section["batch_size"] < 1:
+        raise ConfigurationError(f"batch_size is {section['batch_size']}, expected 1 or more.")
+    if section["delta"] is not None and not Path(section["delta"]).is_file():
+        raise ConfigurationError(f"delta is {section['delta']!r}, but there is no such file.")
     section["trainer"].update(dict_to_namespace(_TRAINER))
     cli.save_config_callback = None
     yield

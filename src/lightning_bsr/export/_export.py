@@ -123,14 +123,21 @@ def export_model(
     return Exported(path, format, num_bytes, shapes, difference, compared, ties)
 
 
-def check_path(path: Path, *, overwrite: bool) -> None:
+def check_path(path: Path, *, overwrite: bool, by: str = "overwrite=True") -> None:
     """Refuse to write where that is impossible or would replace something.
+
+    Args:
+        path: Where to write.
+        overwrite: Whether a file that exists may be replaced.
+        by: What makes that so.
 
     Raises:
         ConfigurationError: The file exists, or its folder does not.
     """
     if path.exists() and not overwrite:
-        raise ConfigurationError(f"The file is '{path}', which exists already; with overwrite=True it is replaced.")
+        raise ConfigurationError(f"The file is '{path}', which exists already; with {by} it is replaced.")
+    if path.is_dir():
+        raise ConfigurationError(f"The file is '{path}', which is a folder.")
     if not path.parent.is_dir():
         raise ConfigurationError(f"The file is '{path}', but there is no folder '{path.parent}'; make it first.")
 

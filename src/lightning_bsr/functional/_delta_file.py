@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr._version import __version__
 
-_FORMAT = "lightning_bsr.delta"
+DELTA_FORMAT = "lightning_bsr.delta"
+"""What the metadata of a delta file says under ``format``."""
 _FORMAT_VERSION = 1
 
 
@@ -82,7 +83,7 @@ def write_delta(path: str | Path, delta: Delta) -> None:
             "a lower learning rate."
         )
     metadata = {
-        "format": _FORMAT,
+        "format": DELTA_FORMAT,
         "format_version": str(_FORMAT_VERSION),
         "package_version": delta.package_version,
         "base_sha256": delta.base_sha256,
@@ -202,8 +203,8 @@ def some_of(names: Mapping[str, Any] | list[str], most: int = 3) -> str:
 
 
 def _check_format(path: str | Path, metadata: Mapping[str, str]) -> None:
-    if (found := metadata.get("format")) != _FORMAT:
-        raise ConfigurationError(f"'{path}' has the format {found!r} in its metadata, expected {_FORMAT!r}.")
+    if (found := metadata.get("format")) != DELTA_FORMAT:
+        raise ConfigurationError(f"'{path}' has the format {found!r} in its metadata, expected {DELTA_FORMAT!r}.")
     version = metadata.get("format_version", "")
     if not version.isdecimal() or int(version) > _FORMAT_VERSION:
         raise ConfigurationError(
