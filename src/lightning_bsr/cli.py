@@ -65,6 +65,18 @@ class BSRCLI(LightningCLI):
         return LightningCLI.subcommands() | SUBCOMMANDS
 
     @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            # Here it is still known which options there are.
+            parsers: dict[str, LightningArgumentParser] = getattr(self, "_subcommand_parsers", {})
+            given = sys.argv[1:] if args is None else args
+            command = next((one for one in given if one in parsers), "lightning-bsr")
+            options = {*parsers.get(command, parser).get_defaults(skip_validation=True).keys()} - {"subcommand"}
+            raise ConfigurationError(one_line(str(error), command, options)) from error
+
+    @override
     def before_instantiate_classes(self) -> None:
         path = self._get(self.config, "ckpt_path")
         if path and path not in _CHECKPOINT_NAMES and "://" not in path and not Path(path).exists():
