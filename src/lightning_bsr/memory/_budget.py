@@ -18,7 +18,7 @@ from lightning_bsr.memory._probe import halves
 from lightning_bsr.memory._report import Flops, MemoryReport
 from lightning_bsr.memory._search import Found
 from lightning_bsr.memory._step import AUTOCAST, Precision
-from lightning_bsr.vit import find_vit
+from lightning_bsr.vit import ViTView, find_vit
 
 BudgetKind = Literal["total", "activations"]
 _THRIFT = 0.01
@@ -224,14 +224,18 @@ def fit_budget(
     if isinstance(budget, Configuration):
         limit = bytes_of(search.plan(budget))
     assert limit is not None
+    if bytes_of(search.head_only) > limit:
+        # Where nothing fits, that is known before the batches are looked at, which takes far longer.
+        floor = search.floor()
+        floor_bytes = bytes_of(search.plan(floor))
+        if floor_bytes > limit:
+            what = "or more, whatever is chosen" if floor.drop else f"({floor})"
+            raise _too_small(limit, kind, view, f"{format_bytes(floor_bytes)} {what}")
     probed = search.look_at(seen, lambda batch: to_loss(call(batch)))
     least = search.least()
     least_bytes = bytes_of(search.plan(least))
     if least_bytes > limit:
-        raise ConfigurationError(
-            f"budget is {format_bytes(limit)} of {BUDGETED[kind]}, but the least that fine-tuning the {view.name} can "
-            f"do with is {format_bytes(least_bytes)} ({least}); give more, or a smaller batch."
-        )
+        raise _too_small(limit, kind, view, f"{format_bytes(least_bytes)} ({least})")
     found = search.best_that_fits(limit, _THRIFT)
     choice, worth = (found.configuration, found.worth) if found else (least, 0.0)
     return BudgetPlan(
@@ -245,6 +249,13 @@ def fit_budget(
         least=least_bytes,
         gains=probed.gains,
         drops=probed.drops,
+    )
+
+
+def _too_small(limit: int, kind: BudgetKind, view: ViTView, least: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"budget is {format_bytes(limit)} of {BUDGETED[kind]}, but the least that fine-tuning the {view.name} can do "
+        f"with is {least}; give more, or a smaller batch."
     )
 
 

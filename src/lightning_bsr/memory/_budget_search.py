@@ -178,6 +178,17 @@ class BudgetSearch:
             bound = limit - (needs - found.activations)
         return best
 
+    def floor(self) -> Configuration:
+        """The head alone, with the drops that leave the fewest tokens if that takes less: no choice needs less than it.
+
+        Whichever blocks drop, the first of them looks at all tokens; with the first blocks of the ViT, none has fewer
+        tokens anywhere. Whether the loss allows these drops is not known before :meth:`look_at`.
+        """
+        first_blocks = range(min(self._max_drops, len(self.view.blocks)))
+        drops: list[dict[int, float]] = [{}, *(dict.fromkeys(first_blocks, rate) for rate in self._keep_rates)]
+        options = [Configuration({}, drop, drop_options=self._drop_options if drop else {}) for drop in drops]
+        return min(options, key=lambda configuration: self._bytes_of(self.plan(configuration)))
+
     def least(self) -> Configuration:
         """The configuration that needs the fewest bytes."""
         fewest = min((search.pattern for search in self._searches), key=lambda pattern: sum(pattern.tokens))
