@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 
 import pytest
 import rich.console
@@ -150,6 +151,22 @@ def test_fit_budget__report_and_frontier():
         planned = plan(model, batches()[0], forward=loss_of(model))
         installed.remove()
         assert (planned.activations_peak, planned.peak, planned.flops) == (point.activations, point.peak, point.flops)
+
+
+def test_fit_budget__says_what_it_does():
+    lines = []
+    fit(tiny_vit(depth=2), "1MiB", kind="activations", on_progress=lines.append)
+    assert [re.sub(r"\d+\.$", "N.", line) for line in lines] == [
+        "Probing the worth of training each half of 2 blocks, and of 4 single drops, with 16 images.",
+        "Planning single blocks.",
+        "Searching what to train and to compute again; ways to drop tokens: N.",
+        "Searching what other budgets would buy.",
+    ]
+    fit(tiny_vit(depth=2), "1MiB", kind="activations", keep_rates=(), on_progress=lines.append)
+    assert lines[4::2] == [
+        "Probing the worth of training each half of 2 blocks, with 16 images.",
+        "Searching what to train and to compute again; ways to drop tokens: 1.",
+    ]
 
 
 def test_fit_budget__nothing_fits_is_said_before_the_batches_are_looked_at():
