@@ -375,6 +375,20 @@ def test_mistakes__before_the_subcommand(arguments, message, capsys):
     assert capsys.readouterr().err.splitlines() == [f"lightning-bsr: error: {message}"]
 
 
+@pytest.mark.parametrize("arguments", [[], ["--config=config.yaml"]])
+def test_mistakes__no_subcommand_lists_them_all(arguments, here, capsys):
+    (here / "config.yaml").write_text("{}")
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    first, *lines, last = capsys.readouterr().err.splitlines()
+    assert first == "lightning-bsr: error: no subcommand is given, expected one of:"
+    assert last == "With --help after it, each lists its options."
+    assert [line.split()[0] for line in lines] == [*BSRCLI.subcommands()]
+    assert "  predict    Run inference on your data." in lines
+    assert "  merge      Make full weights of a delta file and of the weights that it was trained from." in lines
+
+
 def test_mistakes__of_a_configuration_from_python():
     with pytest.raises(ConfigurationError) as raised:
         BSRCLI({"trainer": {"max_epoch": 3}}, run=False)

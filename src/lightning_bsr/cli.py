@@ -1,5 +1,6 @@
 """The command line: LightningCLI with this package's models, data and callbacks, and errors in one line."""
 
+import inspect
 import sys
 import warnings
 from pathlib import Path
@@ -70,6 +71,8 @@ class BSRCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except ArgumentError as error:
             # Here it is still known which options there are.
+            if 'expected "subcommand"' in str(error):
+                raise _NoSubcommandError(_overview()) from error
             parsers: dict[str, LightningArgumentParser] = getattr(self, "_subcommand_parsers", {})
             given = sys.argv[1:] if args is None else args
             command = next((one for one in given if one in parsers), "lightning-bsr")
@@ -99,6 +102,18 @@ class BSRCLI(LightningCLI):
         """Test the trained model, if asked to."""
         if self._get(self.config, "test_after_fit"):
             self.trainer.test(self.model, datamodule=self.datamodule)
+
+
+class _NoSubcommandError(ConfigurationError):
+    """Has a line for each subcommand."""
+
+
+def _overview() -> str:
+    lines = ["no subcommand is given, expected one of:"]
+    for name in BSRCLI.subcommands():
+        sentence = (inspect.getdoc(getattr(CommandTrainer, name)) or "").partition(".")[0]
+        lines.append(f"  {name:10} {' '.join(sentence.split())}.")
+    return "\n".join([*lines, "With --help after it, each lists its options."])
 
 
 def with_underscores(args: list[str]) -> list[str]:
@@ -142,5 +157,6 @@ def main(args: list[str] | None = None) -> None:
         )
         if mistake is None:
             raise
-        print(f"lightning-bsr: error: {one_line(str(mistake))}", file=sys.stderr)
+        said = str(mistake) if isinstance(mistake, _NoSubcommandError) else one_line(str(mistake))
+        print(f"lightning-bsr: error: {said}", file=sys.stderr)
         sys.exit(2)
