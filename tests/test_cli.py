@@ -161,6 +161,20 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"lightning-bsr {lightning_bsr.__version__}\n"
 
 
+def test_help__says_what_the_package_is_for_and_whose_the_options_are(capsys):
+    def lines_of(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, "--help"])
+        assert stop.value.code == 0
+        return capsys.readouterr().out.splitlines()
+
+    assert "Fine-tunes vision transformers with little memory." in lines_of()
+    lines = lines_of("merge")
+    # Once for the subcommand, once for its options.
+    assert sum("Make full weights of a delta file and of the weights that it was trained from" in x for x in lines) == 2
+    assert "Options of Lightning's Trainer:" in lines
+
+
 @pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*.yaml")))
 def test_examples__parse(example, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -16,7 +16,11 @@ SUBCOMMANDS = {name: {"model", "datamodule"} for name in ("compare", "export", "
 
 
 class CommandTrainer(PlanCommand, CompareCommand, ExportCommand, MergeCommand, VisualizeCommand):
-    """A Trainer that can also do what this package's subcommands ask for; the command line makes it."""
+    """Options of Lightning's Trainer.
+
+    The help of the command line shows the line above. It makes this Trainer, which can also do what this package's
+    subcommands ask for.
+    """
 
 
 def instantiating(cli: LightningCLI) -> contextlib.AbstractContextManager[None]:

@@ -48,7 +48,12 @@ class BSRCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "lightning-bsr", "version": lightning_bsr.__version__, "exit_on_error": False},
+            parser_kwargs={
+                "prog": "lightning-bsr",
+                "description": "Fine-tunes vision transformers with little memory.",
+                "version": lightning_bsr.__version__,
+                "exit_on_error": False,
+            },
             args=args,
         )
 
