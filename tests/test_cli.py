@@ -12,7 +12,8 @@ from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
 import lightning_bsr
-from lightning_bsr.cli import main
+from lightning_bsr._errors import ConfigurationError
+from lightning_bsr.cli import BSRCLI, main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
@@ -159,6 +160,20 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"lightning-bsr {lightning_bsr.__version__}\n"
 
 
+def test_help__says_what_the_package_is_for_and_whose_the_options_are(capsys):
+    def lines_of(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, "--help"])
+        assert stop.value.code == 0
+        return capsys.readouterr().out.splitlines()
+
+    assert "Fine-tunes vision transformers with little memory." in lines_of()
+    lines = lines_of("merge")
+    # Once for the subcommand, once for its options.
+    assert sum("Make full weights of a delta file and of the weights that it was trained from" in x for x in lines) == 2
+    assert "Options of Lightning's Trainer:" in lines
+
+
 @pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*.yaml")))
 def test_examples__parse(example, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -281,6 +296,36 @@ def test_quickstart_py__runs(here, capsys, monkeypatch):
             "ckpt_path is 'no.ckpt', but there is no such file; expected a checkpoint file or one of 'last', 'hpc'.",
         ),
         (["--config=no.yaml"], "config: File does not exist: 'HERE/no.yaml'"),
+        (
+            ["--model.weight_decai=1"],
+            "model: lightning_bsr.ViTClassifier: no option is known by the name weight_decai; did you mean "
+            "weight_decay?",
+        ),
+        (
+            ["--data.bogus=1"],
+            "data: lightning_bsr.DigitsDataModule: no option is known by the name bogus; DigitsDataModule has augment, "
+            "batch_size, img_size, mean, num_workers, seed, std, val_fraction.",
+        ),
+        (
+            ["--trainer.callbacks+=TokenDrop", "--trainer.callbacks.keep_rat=0.5"],
+            "trainer.callbacks: lightning_bsr.TokenDrop: no option is known by the name keep_rat; did you mean "
+            "keep_rate?",
+        ),
+        (
+            ["--optimizer=SGD", "--optimizer.params=1"],
+            "optimizer: torch.optim.SGD: no option is known by the name params; SGD has dampening, differentiable, "
+            "foreach, fused, lr, maximize, momentum, nesterov, weight_decay.",
+        ),
+        (
+            ["--trainer.max_epoch_s=3"],
+            "no option is known by the name trainer.max_epoch_s; did you mean trainer.max_epochs?",
+        ),
+        (["--optimzer=Adam"], "no option is known by the name optimzer; did you mean optimizer?"),
+        (
+            ["--bogus", "3"],
+            "no option is known by the name bogus; fit has ckpt_path, config, data, lr_scheduler, model, optimizer, "
+            "seed_everything, test_after_fit, trainer, weights_only.",
+        ),
         (["--trainer.max_epochs=many"], "trainer.max_epochs: expected a whole number or null, got many"),
     ],
 )
@@ -299,6 +344,76 @@ def test_mistakes__end_in_one_line_and_exit_code_2(arguments, message, here, cap
         assert said[0].startswith(prefix)
         assert sorted(re.split(" or |, ", said[0].removeprefix(prefix))) == sorted(re.split(" or |, ", types))
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trainr: {max_epochs: 3}", "no option is known by the name trainr; did you mean trainer?"),
+        (
+            "trainer: {max_epoch: 3}",
+            "no option is known by the name trainer.max_epoch; did you mean trainer.max_epochs?",
+        ),
+        (
+            "model: {class_path: ViTClassifier, init_arg: {lr: 1}}",
+            "model: lightning_bsr.ViTClassifier: no option is known by the name init_arg; did you mean init_args?",
+        ),
+        (
+            "trainer: {callbacks: [{class_path: TokenDrop, init_args: {keep_rat: 0.5}}]}",
+            "trainer.callbacks: lightning_bsr.TokenDrop: no option is known by the name keep_rat; did you mean "
+            "keep_rate?",
+        ),
+        (
+            "trainer: {callbacks: [{class_pat: TokenDrop}]}",
+            "trainer.callbacks: lightning.Callback: no option is known by the name class_pat; did you mean class_path?",
+        ),
+        (
+            "trainer: {callbacks: [{class_pat: TokenDrop, init_args: {blocks: [3]}}]}",
+            "trainer.callbacks: expected a mapping with class_path, the name of a Callback, got "
+            "{'class_pat': 'TokenDrop', 'init_args': {'blocks': [3]}}",
+        ),
+    ],
+)
+def test_mistakes__in_a_file(text, message, here, capsys):
+    (here / "config.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config=config.yaml"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [f"lightning-bsr: error: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trainer.max_epochs=3", "fit"], "trainer.max_epochs is an option of fit; give it after fit."),
+        (["--confg=a.yaml"], "no option is known by the name confg; did you mean config?"),
+    ],
+)
+def test_mistakes__before_the_subcommand(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [f"lightning-bsr: error: {message}"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--config=config.yaml"]])
+def test_mistakes__no_subcommand_lists_them_all(arguments, here, capsys):
+    (here / "config.yaml").write_text("{}")
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    first, *lines, last = capsys.readouterr().err.splitlines()
+    assert first == "lightning-bsr: error: no subcommand is given, expected one of:"
+    assert last == "With --help after it, each lists its options."
+    assert [line.split()[0] for line in lines] == [*BSRCLI.subcommands()]
+    assert "  predict    Run inference on your data." in lines
+    assert "  merge      Make full weights of a delta file and of the weights that it was trained from." in lines
+
+
+def test_mistakes__of_a_configuration_from_python():
+    with pytest.raises(ConfigurationError) as raised:
+        BSRCLI({"trainer": {"max_epoch": 3}}, run=False)
+    assert str(raised.value) == "no option is known by the name trainer.max_epoch; did you mean trainer.max_epochs?"
 
 
 def test_mistakes__no_traceback_from_the_installed_command(tmp_path):

@@ -21,7 +21,11 @@ TRAINS_NOTHING = {"export", "plan", "visualize"}
 
 
 class CommandTrainer(PlanCommand, CompareCommand, ExportCommand, MergeCommand, VisualizeCommand):
-    """A Trainer that can also do what this package's subcommands ask for; the command line makes it."""
+    """Options of Lightning's Trainer.
+
+    The help of the command line shows the line above. It makes this Trainer, which can also do what this package's
+    subcommands ask for.
+    """
 
 
 def instantiating(cli: LightningCLI) -> contextlib.AbstractContextManager[None]:

@@ -1,11 +1,12 @@
 """The command line: LightningCLI with this package's models, data and callbacks, and errors in one line."""
 
 import contextlib
+import inspect
 import sys
 import warnings
 from typing import Any
 
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentError, dict_to_namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
@@ -48,7 +49,12 @@ class BSRCLI(LightningCLI):
                 subclass_mode_data=True,
                 seed_everything_default=0,
                 save_config_kwargs={"overwrite": True},
-                parser_kwargs={"prog": "lightning-bsr", "version": lightning_bsr.__version__, "exit_on_error": False},
+                parser_kwargs={
+                    "prog": "lightning-bsr",
+                    "description": "Fine-tunes vision transformers with little memory.",
+                    "version": lightning_bsr.__version__,
+                    "exit_on_error": False,
+                },
                 args=args,
             )
 
@@ -67,7 +73,17 @@ class BSRCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        super().parse_arguments(parser, args)
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            # Here it is still known which options there are.
+            if 'expected "subcommand"' in str(error):
+                raise _NoSubcommandError(_overview()) from error
+            parsers: dict[str, LightningArgumentParser] = getattr(self, "_subcommand_parsers", {})
+            given = sys.argv[1:] if args is None else args
+            command = next((one for one in given if one in parsers), "lightning-bsr")
+            options = {*parsers.get(command, parser).get_defaults(skip_validation=True).keys()} - {"subcommand"}
+            raise ConfigurationError(one_line(str(error), command, options)) from error
         subcommand = self.config.get("subcommand")
         self._ckpt_path: str | None = self.config[subcommand].get("ckpt_path") if subcommand else None
         if subcommand in TRAINS_NOTHING:
@@ -91,7 +107,8 @@ class BSRCLI(LightningCLI):
         trainer = self.config[str(self.subcommand)]["trainer"]
         if trainer["logger"] in (None, True) and not trainer["barebones"]:
             folder = trainer["default_root_dir"] or "."
-            trainer["logger"] = Namespace(class_path="CSVLogger", init_args=Namespace(save_dir=str(folder)))
+            logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder)}}
+            trainer["logger"] = dict_to_namespace(logger)
 
     @override
     def instantiate_classes(self) -> None:
@@ -112,6 +129,18 @@ class BSRCLI(LightningCLI):
         """Test the trained model, if asked to."""
         if self._get(self.config, "test_after_fit"):
             self.trainer.test(self.model, datamodule=self.datamodule)
+
+
+class _NoSubcommandError(ConfigurationError):
+    """Has a line for each subcommand."""
+
+
+def _overview() -> str:
+    lines = ["no subcommand is given, expected one of:"]
+    for name in BSRCLI.subcommands():
+        sentence = (inspect.getdoc(getattr(CommandTrainer, name)) or "").partition(".")[0]
+        lines.append(f"  {name:10} {' '.join(sentence.split())}.")
+    return "\n".join([*lines, "With --help after it, each lists its options."])
 
 
 def with_underscores(args: list[str]) -> list[str]:
@@ -155,5 +184,6 @@ def main(args: list[str] | None = None) -> None:
         )
         if mistake is None:
             raise
-        print(f"lightning-bsr: error: {one_line(str(mistake))}", file=sys.stderr)
+        said = str(mistake) if isinstance(mistake, _NoSubcommandError) else one_line(str(mistake))
+        print(f"lightning-bsr: error: {said}", file=sys.stderr)
         sys.exit(2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,7 +68,12 @@ def test_compare__takes_lists_and_a_configuration_that_fit_has_written(here, poo
     main(["compare", "--config=config.yaml", *MICRO, "--lrs=[1e-2]", "--seeds=[3]"])
     (run,) = (here / "out" / "runs").iterdir()
     assert run.name.startswith("head-lr0.01-seed3-epochs1-")
-    assert "Written to out: table.md" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("Written to out: table.md") for line in lines)
+    start = lines.index("Planning a step of head.")
+    assert lines[start + 1] == "Timing 1 steps of each method, 3 times around."
+    for turn, line in enumerate(lines[start + 2 : start + 5], 1):
+        assert re.fullmatch(rf"Timed head, {turn} of 3: \d+\.\d ms a step\.", line)
 
 
 def test_compare__rates_of_the_configuration_and_of_each_method_for_steps(here, pools, capsys):

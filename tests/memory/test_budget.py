@@ -1,13 +1,17 @@
+import itertools
 import json
+import re
 
 import pytest
 import rich.console
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import cross_entropy
 
 from lightning_bsr import ConfigurationError
 from lightning_bsr.functional import install_token_drop, select_blocks_
-from lightning_bsr.memory import MIB, Configuration, fit_budget, measure, plan
+from lightning_bsr.memory import MIB, Configuration, fit_budget, format_bytes, measure, plan
+from lightning_bsr.memory._budget_search import BudgetSearch
 from lightning_bsr.memory._costs import BlockCosts, InputWatch
 from lightning_bsr.vit import find_vit
 from plain_modules import tiny_vit
@@ -149,14 +153,92 @@ def test_fit_budget__report_and_frontier():
         assert (planned.activations_peak, planned.peak, planned.flops) == (point.activations, point.peak, point.flops)
 
 
-def test_fit_budget__nothing_fits():
-    with pytest.raises(ConfigurationError) as error:
-        fit(tiny_vit(depth=4), "1KiB", kind="activations")
-    assert "budget is 1.0 KiB of activations, but the least that fine-tuning the ViT (VisionTransformer)" in str(
-        error.value
+def test_fit_budget__says_what_it_does():
+    lines = []
+    fit(tiny_vit(depth=2), "1MiB", kind="activations", on_progress=lines.append)
+    assert [re.sub(r"\d+\.$", "N.", line) for line in lines] == [
+        "Probing the worth of training each half of 2 blocks, and of 4 single drops, with 16 images.",
+        "Planning single blocks.",
+        "Searching what to train and to compute again; ways to drop tokens: N.",
+        "Searching what other budgets would buy.",
+    ]
+    fit(tiny_vit(depth=2), "1MiB", kind="activations", keep_rates=(), on_progress=lines.append)
+    assert lines[4::2] == [
+        "Probing the worth of training each half of 2 blocks, with 16 images.",
+        "Searching what to train and to compute again; ways to drop tokens: 1.",
+    ]
+
+
+def test_fit_budget__nothing_fits_is_said_before_the_batches_are_looked_at():
+    model = tiny_vit(depth=4)
+
+    def only_planned(batch):
+        assert isinstance(batch[0], FakeTensor)
+        return loss_of(model)(batch)
+
+    def said(budget, **options):
+        with pytest.raises(ConfigurationError) as error:
+            fit_budget(model, batches(), budget, forward=only_planned, **options)
+        return str(error.value)
+
+    head_only = select_blocks_(model, [])
+    needs = plan(model, batches()[0], forward=loss_of(model)).peak
+    dropping = install_token_drop(model, [0, 1, 2], 0.5)
+    with_drops = plan(model, batches()[0], forward=loss_of(model)).activations
+    dropping.remove()
+    head_only.remove()
+    too_small = "but the least that fine-tuning the ViT (VisionTransformer) can do with is"
+    assert said("1KiB", keep_rates=()) == (
+        f"budget is 1.0 KiB of memory, {too_small} {format_bytes(needs)} (train the head only); give more, or a "
+        "smaller batch."
     )
-    assert "train the head only" in str(error.value)
-    assert str(error.value).endswith("give more, or a smaller batch.")
+    assert said("1KiB", kind="activations") == (
+        f"budget is 1.0 KiB of activations, {too_small} {format_bytes(with_drops)} or more, whatever is chosen; give "
+        "more, or a smaller batch."
+    )
+
+
+def test_fit_budget__nothing_fits_but_with_drops_that_the_loss_forbids():
+    model = tiny_vit(depth=4)
+
+    def loss_by_tokens(batch):
+        features = model.forward_features(batch[0])
+        return cross_entropy(model.forward_head(features), batch[1]) * (17 / features.shape[1]) ** 4
+
+    head_only = select_blocks_(model, [])
+    needs = plan(model, batches()[0], forward=loss_by_tokens).activations
+    head_only.remove()
+    with pytest.raises(ConfigurationError) as error:
+        fit_budget(model, batches(), needs - 1, kind="activations", forward=loss_by_tokens, max_drops=1)
+    assert str(error.value).endswith(
+        f"can do with is {format_bytes(needs)} (train the head only); give more, or a smaller batch."
+    )
+
+
+@pytest.mark.parametrize("kind", ["total", "activations"])
+def test_floor__is_no_more_than_any_drops_of_the_head_alone(kind):
+    model = tiny_vit(depth=4)
+
+    def bytes_of(report):
+        return report.peak if kind == "total" else report.activations_peak or report.activations
+
+    search = BudgetSearch(
+        model,
+        find_vit(model),
+        lambda: plan(model, batches()[0], forward=loss_of(model)),
+        bytes_of,
+        optimizers=[],
+        weights_count=kind == "total",
+        autocast=None,
+        keep_rates=(0.7, 0.5),
+        max_drops=2,
+        recompute=True,
+    )
+    floor = bytes_of(search.plan(search.floor()))
+    for count in range(3):
+        for blocks in itertools.combinations(range(4), count):
+            for rate in (0.7, 0.5):
+                assert floor <= bytes_of(search.plan(Configuration({}, dict.fromkeys(blocks, rate))))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 
 import pytest
 import yaml
@@ -141,7 +142,9 @@ def test_largest_batch__fits_in_the_budget_and_one_more_does_not(here, capsys):
 
 def test_largest_batch__of_activations(here, capsys):
     plan("--largest_batch=true", "--memory_budget=2MiB", "--budget_kind=activations", "--json=-")
-    found = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    assert "Searching the largest batch within 2.0 MiB.\n" in err
+    found = json.loads(out)
     assert found["report"]["activations"] <= 2 * MIB < found["report"]["peak"]
     assert found["report"]["activations"] / found["batch_size"] > 2 * MIB / (found["batch_size"] + 1) * 0.99
 
@@ -150,7 +153,15 @@ def test_largest_batch__of_activations(here, capsys):
 def test_memory_budget__is_kept_and_its_output_trains(here, capfd):
     options = ["--memory-budget", "250KiB", "--budget-kind", "activations", "--probe-batches", "2"]
     plan(*options, "--output", "plan.yaml", "--plot", "plan.svg", "--json", "-")
-    found = json.loads(capfd.readouterr().out)
+    out, err = capfd.readouterr()
+    found = json.loads(out)
+    said = [line for line in err.splitlines() if line.startswith(("Probing", "Planning", "Searching"))]
+    assert [re.split("[,;]", line)[0] for line in said] == [
+        "Probing the worth of training each half of 4 blocks",
+        "Planning single blocks.",
+        "Searching what to train and to compute again",
+        "Searching what other budgets would buy.",
+    ]
     assert found["report"]["activations_peak"] <= 250 * 1024
     assert found["budget_plan"]["full"]["activations"] > 250 * 1024
     assert found["notes"] == [

@@ -59,6 +59,7 @@ def choose_configuration(
             precision=trainer.precision,  # type: ignore[arg-type]  # an unknown one is refused by name
             accumulate=trainer.accumulate_grad_batches > 1,
             vit=vit,
+            on_progress=rank_zero_info,
         )
     return strategy.broadcast(found)
 

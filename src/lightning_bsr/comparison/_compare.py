@@ -103,6 +103,7 @@ class _Comparison:
             name = f"plans/{method}-{self._fingerprint(method)}"
             planned = self.store.read(name)
             if planned is None:
+                print(f"Planning a step of {method}.", flush=True)
                 planned = self.pool.call(plan_once, self.build, self.example_of(method))
                 if isinstance(planned, Failure):
                     self._note(method, f"not planned: {planned.message}")
@@ -121,7 +122,7 @@ class _Comparison:
         turns: dict[str, list[dict[str, Any]]] = {method: [] for method in settings.methods if method not in medians}
         if turns:
             print(f"Timing {settings.timing_steps} steps of each method, {TURNS} times around.", flush=True)
-        for _ in range(TURNS):
+        for number in range(1, TURNS + 1):
             for method in [*turns]:
                 turn = self.pool.call(time_steps, self.build, self.example_of(method), settings.timing_steps)
                 if isinstance(turn, Failure):
@@ -129,6 +130,8 @@ class _Comparison:
                     self._note(method, f"not timed: {turn.message}")
                 else:
                     turns[method].append(turn)
+                    step = median_of([turn])["step_seconds"]
+                    print(f"Timed {method}, {number} of {TURNS}: {1000 * step:.1f} ms a step.", flush=True)
         medians |= {method: median_of(of_method) for method, of_method in turns.items()}
         self.store.write(f"timing/{whole}", {"methods": medians})
         return medians

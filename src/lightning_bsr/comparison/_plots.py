@@ -45,15 +45,20 @@ def _metric_over_activations(axes: "Axes", rows: Sequence[Row], settings: Settin
         _draw_score(axes, at, row.equal_length, fmt=_FORMATS[number // 10], color=colour, label=row.method)
         if row.equal_time is not None:
             _draw_score(axes, at, row.equal_time, fmt="^", color=colour, fillstyle="none")
-    axes.set(xlabel="activations that backward keeps at most, MiB an image", ylabel=settings.test_metric)
-    if settings.equal_time:
-        axes.plot([], [], "^", color="grey", fillstyle="none", label="at equal time")
+    count = len(settings.seeds)
+    axes.set(
+        title=f"{settings.test_metric} over memory, {f'{count} seeds' if count > 1 else 'one seed'}",
+        xlabel="activations that backward keeps at most, MiB an image",
+        ylabel=settings.test_metric + (", mean ± sample deviation" if count > 1 else ""),
+    )
+    if any(row.equal_time is not None for row in rows):
+        axes.errorbar([], [], fmt="^", color="grey", fillstyle="none", label="at equal time")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _draw_score(axes: "Axes", at: float, score: Score, **style: Any) -> None:
-    axes.errorbar(at, score.mean, yerr=score.deviation or 0, capsize=3, **style)
+    axes.errorbar(at, score.mean, yerr=score.deviation, capsize=3, **style)
 
 
 def _step_time(axes: "Axes", rows: Sequence[Row], settings: Settings) -> None:
@@ -61,7 +66,8 @@ def _step_time(axes: "Axes", rows: Sequence[Row], settings: Settings) -> None:
     bars = axes.barh([row.method for row in timed], [1000 * (row.step_seconds or 0) for row in timed])
     axes.bar_label(bars, ["" if row.step_ratio is None else f"{row.step_ratio:.2f} x" for row in timed], padding=3)
     axes.invert_yaxis()
-    axes.set(xlabel="median training step, ms")
+    axes.margins(x=0.12)  # room for the labels
+    axes.set(title="Time of a training step, and relative to the first method", xlabel="median training step, ms")
 
 
 def _activations(axes: "Axes", rows: Sequence[Row], settings: Settings) -> None:
@@ -73,6 +79,6 @@ def _activations(axes: "Axes", rows: Sequence[Row], settings: Settings) -> None:
             axes.barh([i + offset for i in range(len(rows))], [(v or 0) / MIB for v in values], height=0.4, label=label)
     axes.set_yticks(range(len(rows)), [row.method for row in rows])
     axes.invert_yaxis()
-    axes.set(xlabel="activations that backward keeps, MiB an image")
+    axes.set(title="Activations kept for backward", xlabel="activations that backward keeps, MiB an image")
     if axes.has_data():
         axes.legend()

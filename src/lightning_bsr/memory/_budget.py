@@ -18,7 +18,7 @@ from lightning_bsr.memory._probe import halves
 from lightning_bsr.memory._report import Flops, MemoryReport
 from lightning_bsr.memory._search import Found
 from lightning_bsr.memory._step import AUTOCAST, Precision
-from lightning_bsr.vit import find_vit
+from lightning_bsr.vit import ViTView, find_vit
 
 BudgetKind = Literal["total", "activations"]
 _THRIFT = 0.01
@@ -138,6 +138,7 @@ def fit_budget(
     keep_rates: Sequence[float] = (0.7, 0.5),
     max_drops: int = 3,
     recompute: bool = True,
+    on_progress: Callable[[str], Any] | None = None,
 ) -> BudgetPlan:
     """Choose the blocks to train, the drops and the half-blocks to compute again, for the most worth within a budget.
 
@@ -163,6 +164,7 @@ def fit_budget(
         keep_rates: Keep rates that may be chosen; none to drop nowhere.
         max_drops: In how many blocks tokens may be dropped.
         recompute: Whether half-blocks may be computed again in backward: less memory, the same gradients, more compute.
+        on_progress: Is called with a line for each stage of the work, which takes minutes for a large ViT: ``print``.
 
     Returns:
         The choice, its plan, and the frontier it is taken from.
@@ -224,16 +226,23 @@ def fit_budget(
     if isinstance(budget, Configuration):
         limit = bytes_of(search.plan(budget))
     assert limit is not None
-    probed = search.look_at(seen, lambda batch: to_loss(call(batch)))
+    if bytes_of(search.head_only) > limit:
+        # Where nothing fits, that is known before the batches are looked at, which takes far longer.
+        floor = search.floor()
+        floor_bytes = bytes_of(search.plan(floor))
+        if floor_bytes > limit:
+            what = "or more, whatever is chosen" if floor.drop else f"({floor})"
+            raise _too_small(limit, kind, view, f"{format_bytes(floor_bytes)} {what}")
+    say = on_progress or _say_nothing
+    probed = search.look_at(seen, lambda batch: to_loss(call(batch)), say)
     least = search.least()
     least_bytes = bytes_of(search.plan(least))
     if least_bytes > limit:
-        raise ConfigurationError(
-            f"budget is {format_bytes(limit)} of {BUDGETED[kind]}, but the least that fine-tuning the {view.name} can "
-            f"do with is {format_bytes(least_bytes)} ({least}); give more, or a smaller batch."
-        )
+        raise _too_small(limit, kind, view, f"{format_bytes(least_bytes)} ({least})")
+    say(f"Searching what to train and to compute again; ways to drop tokens: {search.num_patterns:,}.")
     found = search.best_that_fits(limit, _THRIFT)
     choice, worth = (found.configuration, found.worth) if found else (least, 0.0)
+    say("Searching what other budgets would buy.")
     return BudgetPlan(
         budget=limit,
         kind=kind,
@@ -245,6 +254,13 @@ def fit_budget(
         least=least_bytes,
         gains=probed.gains,
         drops=probed.drops,
+    )
+
+
+def _too_small(limit: int, kind: BudgetKind, view: ViTView, least: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"budget is {format_bytes(limit)} of {BUDGETED[kind]}, but the least that fine-tuning the {view.name} can do "
+        f"with is {least}; give more, or a smaller batch."
     )
 
 
@@ -295,6 +311,10 @@ def _peak(report: MemoryReport) -> int:
 
 def _activations(report: MemoryReport) -> int:
     return report.activations_peak or report.activations
+
+
+def _say_nothing(line: str) -> None:
+    pass
 
 
 def _output_is_loss(output: Any) -> torch.Tensor:

@@ -15,7 +15,7 @@ from lightning_bsr.functional._select import Part
 from lightning_bsr.memory._configuration import Configuration
 from lightning_bsr.memory._costs import BlockCosts, InputWatch
 from lightning_bsr.memory._optimizer import optimizers_cost
-from lightning_bsr.memory._probe import Probe, limit_images, probe
+from lightning_bsr.memory._probe import Probe, count_images, limit_images, probe
 from lightning_bsr.memory._report import MemoryReport
 from lightning_bsr.memory._search import DROP_WEIGHT, BlockSearch, DropPattern, Found, drop_patterns
 from lightning_bsr.vit import ViTView
@@ -114,11 +114,16 @@ class BudgetSearch:
                 installed.remove()
         return self._plans[key]
 
-    def look_at(self, batches: Sequence[Any], training_loss: Callable[[Any], torch.Tensor]) -> Probe:
-        """Probe the worth of training and of dropping, and be ready to search."""
+    def look_at(
+        self, batches: Sequence[Any], training_loss: Callable[[Any], torch.Tensor], say: Callable[[str], Any]
+    ) -> Probe:
+        """Probe the worth of training and of dropping, and be ready to search; ``say`` takes a line for each."""
         assert self.head_only.flops is not None
         an_image = self.head_only.flops.forward / len(self._inputs[0].x) * _PROBE_PASSES
         seen = limit_images(batches, min(_PROBE_IMAGES, int(_PROBE_FLOPS / max(an_image, 1))))
+        depth = len(self.view.blocks)
+        tries = f", and of {depth * len(self._keep_rates)} single drops" if self._keep_rates else ""
+        say(f"Probing the worth of training each half of {depth} blocks{tries}, with {count_images(seen)} images.")
         self.probed = probe(
             self._module,
             self.view,
@@ -128,6 +133,7 @@ class BudgetSearch:
             keep_rates=self._keep_rates,
             drop_options=self._drop_options,
         )
+        say("Planning single blocks.")
         self._searches = sorted(self._make_searches(), key=lambda search: search.pattern.penalty)
         return self.probed
 
@@ -173,11 +179,27 @@ class BudgetSearch:
             bound = limit - (needs - found.activations)
         return best
 
+    def floor(self) -> Configuration:
+        """The head alone, with the drops that leave the fewest tokens if that takes less: no choice needs less than it.
+
+        Whichever blocks drop, the first of them looks at all tokens; with the first blocks of the ViT, none has fewer
+        tokens anywhere. Whether the loss allows these drops is not known before :meth:`look_at`.
+        """
+        first_blocks = range(min(self._max_drops, len(self.view.blocks)))
+        drops: list[dict[int, float]] = [{}, *(dict.fromkeys(first_blocks, rate) for rate in self._keep_rates)]
+        options = [Configuration({}, drop, drop_options=self._drop_options if drop else {}) for drop in drops]
+        return min(options, key=lambda configuration: self._bytes_of(self.plan(configuration)))
+
     def least(self) -> Configuration:
         """The configuration that needs the fewest bytes."""
         fewest = min((search.pattern for search in self._searches), key=lambda pattern: sum(pattern.tokens))
         options = [Configuration({}), Configuration({}, dict(fewest.drop), drop_options=self._drop_options)]
         return min(options, key=lambda configuration: self._bytes_of(self.plan(configuration)))
+
+    @property
+    def num_patterns(self) -> int:
+        """In how many ways tokens may be dropped, nowhere being one."""
+        return len(self._searches)
 
     def _make_searches(self) -> list[BlockSearch]:
         costs = BlockCosts(self.view, self._inputs, self._autocast, self._drop_options)

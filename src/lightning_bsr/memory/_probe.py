@@ -98,7 +98,7 @@ def probe(
                         )
             for key, gain in _gradient_norms(module, view, testing, training_loss).items():
                 gains[key] = gains.get(key, 0.0) + gain
-            images += sum(_num_images(batch) for batch in testing)
+            images += count_images(testing)
     total = sum(gains.values())
     gains = {key: gain / total for key, gain in gains.items()} if total else gains
     return Probe(gains, drops, sum(losses) / len(losses), images)
@@ -236,6 +236,11 @@ def limit_images(batches: Sequence[Any], num_images: int) -> list[Any]:
     """Take the first images of each batch, so that there are ``num_images`` in all, and at least one of each."""
     each = max(1, math.ceil(num_images / len(batches)))
     return [_images(batch, 0, min(each, _num_images(batch))) for batch in batches]
+
+
+def count_images(batches: Sequence[Any]) -> int:
+    """Count the images of several batches."""
+    return sum(map(_num_images, batches))
 
 
 def _images(batch: Any, start: int, stop: int) -> Any:

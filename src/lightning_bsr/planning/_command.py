@@ -1,6 +1,7 @@
 """The ``plan`` subcommand: its options, its help, and what it does with the step that ``fit`` would run."""
 
 import contextlib
+import functools
 import json as json_format
 import shlex
 import sys
@@ -138,6 +139,7 @@ def _answer(step: FitStep, settings: PlanSettings) -> PlanResult:
             kind=settings.budget_kind,
             batch_size=settings.batch_size,
             vit=settings.vit,
+            on_progress=functools.partial(print, file=sys.stderr, flush=True),
         )
         installed = choice.choice.install(step.module, settings.vit)
         try:
@@ -155,6 +157,8 @@ _EMPTY = MemoryReport(0, 0, 0, 0, ())
 
 def _largest(step: FitStep, settings: PlanSettings, available: int) -> int:
     within = available if settings.memory_budget is None else settings.memory_budget
+
+    print(f"Searching the largest batch within {format_bytes(within)}.", file=sys.stderr, flush=True)
 
     def plan_at(size: int) -> MemoryReport:
         report = step.plan(size, settings.vit)

@@ -14,6 +14,8 @@ from torch import nn
 
 from lightning_bsr.memory import BudgetPlan, MemoryReport, ReferenceReport, format_bytes
 
+_FILE_WIDTH = 120
+
 
 @dataclass(frozen=True)
 class PlanResult:
@@ -171,8 +173,8 @@ def _flops(count: float) -> str:
 def _print(console: Console, table: Table) -> None:
     natural = Measurement.get(console, console.options.update(max_width=1000), table).maximum
     if not console.is_terminal:
-        # A file or a pipe has no width that a table would have to keep to.
-        console = Console(file=console.file, width=natural)
+        # A file or a pipe has no width that a table would have to keep to, but readers have.
+        console = Console(file=console.file, width=min(natural, _FILE_WIDTH))
     elif natural > console.width:
         table.box, table.show_edge, table.padding = box.SIMPLE_HEAD, False, 0
         for column in table.columns:
