@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from PIL import Image
 
 import lightning_bsr
@@ -212,6 +213,22 @@ def test_fit__logs_to_csv_though_tensorboard_is_installed(option, folder, here):
     main(["fit", "--trainer.max_epochs=1", "--trainer.accelerator=cpu", *limits, option])
     assert [path.name for path in (here / folder / "lightning_logs" / "version_0").glob("*.csv")] == ["metrics.csv"]
     assert not [*here.rglob("events.*")]
+
+
+class LoggerWithoutFolder(DummyLogger):
+    """A logger as MLflow's is that writes to a database."""
+
+    save_dir = None
+    name = "experiment"
+    version = "run"
+
+
+def test_fit__with_a_logger_that_has_no_folder_writes_beside_the_checkpoints(here):
+    limits = [f"--trainer.limit_{part}_batches=1" for part in ("train", "val")]
+    logger = f"--trainer.logger={__name__}.LoggerWithoutFolder"
+    main(["fit", "--trainer.max_epochs=1", "--trainer.accelerator=cpu", *limits, logger])
+    files = [path.relative_to(here) for path in here.rglob("*") if path.is_file()]
+    assert sorted(map(str, files)) == ["experiment/run/checkpoints/epoch=0-step=1.ckpt", "experiment/run/config.yaml"]
 
 
 def test_pretraining_example__trains_all_of_a_new_model(here, pictures, infos):

@@ -8,12 +8,13 @@ from typing import Any
 
 from jsonargparse import ArgumentError, dict_to_namespace
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 import lightning_bsr
 from lightning_bsr._cli_checkpoint import FinishedRun, check_ckpt_path, names_model
 from lightning_bsr._cli_errors import one_line
+from lightning_bsr._cli_saved import SaveConfig
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr._subcommands import SUBCOMMANDS, TRAINS_NOTHING, CommandTrainer, instantiating, without_infos
 
@@ -43,7 +44,7 @@ class BSRCLI(LightningCLI):
                 LightningModule,
                 LightningDataModule,
                 trainer_class=CommandTrainer,
-                save_config_callback=SaveConfigCallback if run else None,
+                save_config_callback=SaveConfig if run else None,
                 run=run,
                 subclass_mode_model=True,
                 subclass_mode_data=True,

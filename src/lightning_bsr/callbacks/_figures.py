@@ -16,7 +16,19 @@ _DPI = 120
 
 def figure_folder(trainer: Trainer, folder: str | Path | None) -> Path:
     """Give the folder for figures, by default the Trainer's log folder. All processes must ask, not the first alone."""
-    return Path(folder or trainer.log_dir or trainer.default_root_dir)
+    return log_folder(trainer) if folder is None else Path(folder)
+
+
+def log_folder(trainer: Trainer) -> Path:
+    """Give the Trainer's log folder, or where its checkpoints go if its logger has none. All processes must ask.
+
+    MLflow has none if it writes to a database or a server.
+    """
+    if trainer.log_dir is not None:
+        return Path(trainer.log_dir)
+    # As ModelCheckpoint has it.
+    logger = trainer.logger
+    return Path(trainer.default_root_dir, *(() if logger is None else (str(logger.name), str(logger.version))))
 
 
 def publish_figure(trainer: Trainer, folder: Path, name: str, figure: "Figure") -> Path:
