@@ -76,8 +76,9 @@ class BudgetSearch:
         self._keep_rates = () if self._drops_already else tuple(keep_rates)
         self._max_drops = max_drops
         self._drop_options: dict[str, Any] = {} if view.has_class_token else {"score": "mean"}
+        self.head_only = self.plan(Configuration({}))
         with InputWatch(view) as watch:
-            self.head_only = self.plan(Configuration({}))
+            plan_step()  # for the watch alone, as what it remembers stays alive, which would count
         self._inputs = watch.inputs
         self.tokens = tuple(line.tokens or 0 for line in self.head_only.by_block[:-1])
 
