@@ -57,6 +57,19 @@ def _no_hooks_left():
 
 
 @pytest.fixture
+def hide_what_lightning_calls(monkeypatch):
+    """Leave out a warning that is too long for a filter: lightning 2.6 calls what jsonargparse 4.49 deprecates."""
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The test's own folder, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def short_frontier(monkeypatch):
     """A budget's choice with two points of its frontier, not fourteen, each of which takes a plan of the whole step.
 

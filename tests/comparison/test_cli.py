@@ -32,12 +32,6 @@ SMALL = [
 MICRO = ["--methods=head", "--lrs=1e-3,1e-2", "--seeds=0,1", "--equal-time=false", "--timing-steps=1", "--output=out"]
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

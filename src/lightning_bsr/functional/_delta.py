@@ -11,7 +11,8 @@ from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.functional._delta_file import Delta, describe, fingerprint, read_delta, some_of, write_delta
 from lightning_bsr.functional._drop_forward import RESTORES, TokenDropForward
 from lightning_bsr.functional._forward import forward_chain
-from lightning_bsr.functional._quantize import dequantize_rows, quantize_rows, quantized_weights
+from lightning_bsr.functional._quantize import quantized_weights
+from lightning_bsr.functional._quantized_linear import dequantize_rows, quantize_rows
 from lightning_bsr.functional._token_drop import TokenDropHandle, install_token_drop
 from lightning_bsr.vit._find import iter_vits
 

@@ -1,22 +1,16 @@
-"""Every way of fine-tuning a ViT under one name, with its published defaults: as a function and as a callback."""
+"""The table of methods: what each attaches to a ViT, and its published defaults."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
-from typing_extensions import override
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.callbacks._attach import AttachingCallback, Handle
-from lightning_bsr.callbacks._auto import AutoConfiguration
-from lightning_bsr.callbacks._conflicts import refuse_stale_average, refuse_unfreezing
+from lightning_bsr.callbacks._attach import Handle
 from lightning_bsr.functional import (
     SideNetwork,
-    SideNetworkHandle,
     install_checkpointing,
     install_int8_activations,
     install_lora,
@@ -30,7 +24,6 @@ from lightning_bsr.functional._drop_forward import Score
 from lightning_bsr.functional._installed import BlockChoice, trained_share
 from lightning_bsr.functional._select import Part
 from lightning_bsr.memory import BudgetKind, Configuration
-from lightning_bsr.memory._configuration import InstalledConfiguration
 from lightning_bsr.vit import ViTView, find_vit
 
 Parts = Iterator[Handle]
@@ -201,7 +194,7 @@ def _bsr_auto(
     yield
 
 
-def _published(view: ViTView) -> Configuration:
+def bsr_configuration(view: ViTView) -> Configuration:
     """What the method ``bsr`` does to a ViT."""
     depth = len(view.blocks)
     return Configuration(
@@ -269,170 +262,3 @@ METHODS: dict[str, Method] = {
     )
 }
 """Every method by its name."""
-
-
-class MethodHandle:
-    """What :func:`apply_method_` did to a module, and the way back.
-
-    Attributes:
-        method: The method.
-        parts: The handles of what was installed, in order.
-    """
-
-    def __init__(self, method: Method, parts: Sequence[Handle]) -> None:
-        self.method = method
-        self.parts = tuple(parts)
-
-    def eval_frozen(self) -> None:
-        """Set to eval mode what the method froze, where it froze whole parts of the ViT."""
-        for part in self.parts:
-            if hasattr(part, "eval_frozen"):
-                part.eval_frozen()
-
-    def remove(self) -> None:
-        """Undo all parts, the last first; a second call does nothing."""
-        for part in reversed(self.parts):
-            part.remove()
-
-    def __str__(self) -> str:
-        return f"{self.method.name}: {'; '.join(map(str, self.parts))}"
-
-
-def apply_method_(
-    module: nn.Module, method: str, *, vit: str | None = None, evaluation: bool = False, **options: Any
-) -> MethodHandle:
-    """Make the ViT in ``module`` train by one of :data:`METHODS`.
-
-    Args:
-        module: Any module that holds a ViT.
-        method: Its name.
-        vit: Dotted path of the ViT, for when ``module`` holds several.
-        evaluation: Install only what changes the function that the model computes.
-        **options: The method's own, see :attr:`Method.options`.
-
-    Returns:
-        A handle; its ``remove()`` undoes everything, but for what was trained.
-
-    Raises:
-        ConfigurationError: If there is no such method or option, or a part of the method does not fit the module.
-            Nothing has changed then.
-
-    Example:
-        >>> import timm
-        >>> model = timm.create_model("test_vit", num_classes=10)
-        >>> handle = apply_method_(model, "last_blocks", count=2)
-        >>> print(handle)
-        last_blocks: blocks 4, 5 of 6 train in the ViT (VisionTransformer): 84,234 of 306,890 parameters (27.4 %)
-        >>> handle.remove()
-    """
-    chosen = _check(method, options)
-    build = chosen.build_evaluation if evaluation else chosen.build
-    parts: list[Handle] = []
-    with ExitStack() as undo:
-        for part in build(module, vit, **options) if build else ():
-            undo.callback(part.remove)
-            parts.append(part)
-        undo.pop_all()
-    return MethodHandle(chosen, parts)
-
-
-def _check(method: str, options: Mapping[str, Any]) -> Method:
-    if method not in METHODS:
-        raise ConfigurationError(f"method is {method!r}, expected one of {', '.join(METHODS)}.")
-    known = METHODS[method].options
-    for option in options:
-        if option not in known:
-            raise ConfigurationError(
-                f"The method {method!r} has no option {option!r}; its options are {', '.join(known) or 'none'}."
-            )
-    return METHODS[method]
-
-
-class FineTune(AttachingCallback):
-    """Fine-tune the module's ViT by one of :data:`METHODS`.
-
-    The method is in place during ``fit``. What changes the function that the model computes, such as dropped tokens or
-    a side network, is in place during ``validate``, ``test`` and ``predict`` too. Afterwards, however the run ended,
-    layers, flags, modes and the keys of the state dict are as they were; the adapters of ``lora`` are merged into the
-    weights, and the trained network of ``side_network`` is remembered for the next run of this callback.
-
-    A checkpoint of ``lora`` or ``side_network`` holds their weights under their own keys; to load it, in the same
-    process or another, have the same callback in the Trainer.
-
-    Args:
-        method: The method's name.
-        options: The method's own options.
-        vit: Dotted path of the ViT, for when the module holds several.
-
-    Raises:
-        ConfigurationError: In the constructor for an unknown method or option; at the start of a run, if the method
-            does not fit the module, or another callback unfreezes the ViT or averages weights without those that the
-            method adds; when training resumes from a checkpoint of another method.
-
-    Example:
-        >>> from lightning.pytorch import Trainer
-        >>> from lightning_bsr import FineTune
-        >>> trainer = Trainer(callbacks=[FineTune("last_blocks", {"count": 2})], accelerator="cpu", logger=False)
-    """
-
-    def __init__(self, method: str, options: dict[str, Any] | None = None, *, vit: str | None = None) -> None:
-        super().__init__()
-        self.method = method
-        self.options = dict(options or {})
-        self.vit = vit
-        self._side: SideNetworkHandle | None = None
-        self._auto = AutoConfiguration() if method == "bsr_auto" else None
-        self._fitting = False
-        if _check(method, self.options).build_evaluation is None:
-            self.stages = ("fit",)
-
-    @property
-    @override
-    def state_key(self) -> str:
-        return self._generate_state_key(vit=self.vit)
-
-    @property
-    def _name(self) -> str:
-        return f"FineTune({self.method!r})"
-
-    @override
-    def attach(self, trainer: Trainer, pl_module: LightningModule) -> Handle:
-        self._fitting = trainer.state.fn == "fit"
-        if self._fitting:
-            refuse_unfreezing(trainer, pl_module, find_vit(pl_module, self.vit), self._name)
-        if self._auto is not None:
-            budget = self.options.get("memory_budget") or _published(find_vit(pl_module, self.vit))
-            kind = self.options.get("budget_kind", "activations")
-            return self._auto.attach(trainer, pl_module, budget, kind, self.vit)
-        options = dict(self.options)
-        if self._side is not None and find_vit(pl_module, self.vit).model is self._side.view.model:
-            options["network"] = self._side.network
-        handle = apply_method_(pl_module, self.method, vit=self.vit, evaluation=not self._fitting, **options)
-        self._side = next((part for part in handle.parts if isinstance(part, SideNetworkHandle)), None)
-        return handle
-
-    @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        refuse_stale_average(trainer, pl_module, self._name)
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # Not when attaching: Lightning warns of modules in eval mode when training starts. And each time: a module may
-        # call train() itself after a validation.
-        assert isinstance(self._handle, (MethodHandle, InstalledConfiguration))
-        self._handle.eval_frozen()
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"method": self.method} | (self._auto.state_dict() if self._auto else {})
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._auto is not None:
-            self._handle = self._auto.load_state_dict(state_dict, self._handle)
-        if self._fitting and state_dict.get("method") != self.method:
-            raise ConfigurationError(
-                f"The checkpoint was trained with FineTune({state_dict.get('method')!r}), which differs from the "
-                f"present {self._name}, so the optimizer's state does not fit; resume with the same "
-                "method, or load only the weights."
-            )
