@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -19,6 +19,14 @@ class Handle(Protocol):
 
     def remove(self) -> None:
         """Undo what was installed."""
+
+
+@runtime_checkable
+class FreezingHandle(Handle, Protocol):
+    """What an installer returns that freezes some of the ViT."""
+
+    def eval_frozen(self) -> None:
+        """Put what is frozen into eval mode."""
 
 
 class AttachingCallback(Callback):
@@ -76,6 +84,17 @@ class AttachingCallback(Callback):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+
+
+class FreezingCallback(AttachingCallback):
+    """Also keeps what is frozen in eval mode while training."""
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Not when attaching: Lightning warns of modules in eval mode when training starts. And each time: a module may
+        # call train() itself after a validation.
+        assert isinstance(self._handle, FreezingHandle)
+        self._handle.eval_frozen()
 
 
 def _when_built(pl_module: LightningModule, attach: Callable[[], None]) -> None:

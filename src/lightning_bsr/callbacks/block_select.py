@@ -7,16 +7,15 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.callbacks._attach import AttachingCallback, Handle
+from lightning_bsr.callbacks._attach import FreezingCallback, Handle
 from lightning_bsr.callbacks._auto import AutoConfiguration
 from lightning_bsr.callbacks._conflicts import NEW_RUN, refuse_unfreezing
-from lightning_bsr.functional import BlockSelection, select_blocks_
+from lightning_bsr.functional import select_blocks_
 from lightning_bsr.memory import BudgetKind, BudgetPlan, Configuration, parse_bytes
-from lightning_bsr.memory._configuration import InstalledConfiguration
 from lightning_bsr.vit import find_vit
 
 
-class BlockSelect(AttachingCallback):
+class BlockSelect(FreezingCallback):
     """Train some blocks of the module's ViT, its last norm and its head; freeze the rest of the ViT.
 
     During ``fit`` only: afterwards, however it ended, every parameter and module is as it was before. Parameters
@@ -121,13 +120,6 @@ class BlockSelect(AttachingCallback):
         parts = {index: list(parts) for index, parts in selection.parts.items()}
         self._selected = {"blocks": parts, "head": self.head, "norm": self.norm}
         return selection
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # Not when attaching: Lightning warns of modules in eval mode when training starts. And each time: a module may
-        # call train() itself after a validation.
-        assert isinstance(self._handle, (BlockSelection, InstalledConfiguration))
-        self._handle.eval_frozen()
 
     @override
     def state_dict(self) -> dict[str, Any]:

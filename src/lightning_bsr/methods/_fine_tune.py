@@ -6,17 +6,16 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_bsr._errors import ConfigurationError
-from lightning_bsr.callbacks._attach import AttachingCallback, Handle
+from lightning_bsr.callbacks._attach import FreezingCallback, Handle
 from lightning_bsr.callbacks._auto import AutoConfiguration
 from lightning_bsr.callbacks._conflicts import refuse_stale_average, refuse_unfreezing
 from lightning_bsr.functional import SideNetworkHandle
-from lightning_bsr.memory._configuration import InstalledConfiguration
-from lightning_bsr.methods._apply import MethodHandle, apply_method_, chosen_method
+from lightning_bsr.methods._apply import apply_method_, chosen_method
 from lightning_bsr.methods._table import bsr_configuration
 from lightning_bsr.vit import find_vit
 
 
-class FineTune(AttachingCallback):
+class FineTune(FreezingCallback):
     """Fine-tune the module's ViT by one of :data:`METHODS`.
 
     The method is in place during ``fit``. What changes the function that the model computes, such as dropped tokens or
@@ -82,13 +81,6 @@ class FineTune(AttachingCallback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_stale_average(trainer, pl_module, self._name)
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # Not when attaching: Lightning warns of modules in eval mode when training starts. And each time: a module may
-        # call train() itself after a validation.
-        assert isinstance(self._handle, (MethodHandle, InstalledConfiguration))
-        self._handle.eval_frozen()
 
     @override
     def state_dict(self) -> dict[str, Any]:
