@@ -19,7 +19,7 @@ from lightning_bsr.cli import main
 from pages import PAGES, ROOT, blocks_of, commands_in, configurations_of
 
 pytestmark = [
-    pytest.mark.commands,
+    pytest.mark.documentation,
     pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.filterwarnings(

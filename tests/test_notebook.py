@@ -9,6 +9,7 @@ from nbclient import NotebookClient
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "tour.ipynb"
 
 
+@pytest.mark.documentation
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Proactor event loop|There is no current event loop")  # of jupyter_client, elsewhere
 def test_tour__runs_and_keeps_its_promises(tmp_path):

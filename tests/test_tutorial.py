@@ -6,11 +6,13 @@ from lightning_bsr.cli import main
 from pages import TUTORIAL, blocks_of, commands_in
 
 
+@pytest.mark.documentation
 @pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:LightningCLI's args parameter is intended to run from within Python",  # with pytest's sys.argv
     "ignore:The dirpath has changed from",  # what is tested comes from another run's folder
 )
+@pytest.mark.usefixtures("short_frontier")
 def test_tutorial__from_pictures_to_an_exported_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what lightning calls
