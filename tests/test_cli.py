@@ -130,7 +130,7 @@ def test_print_config__reloads(here, capsys):
     ("blocks", "said"),
     [
         ("3", "blocks 3, 7, 11 of 12 train"),
-        ("[-1]", "blocks 11 of 12 train"),
+        ("[-1]", "block 11 of 12 trains"),
         ("{7: all, 3: [mlp]}", "blocks 3 (mlp only), 7 of 12 train"),
     ],
 )
@@ -286,4 +286,4 @@ def test_subcommands_that_train_nothing__say_nothing_of_lightning(arguments, her
     assert infos == []
     assert capsys.readouterr().err == ""
     main(["validate", *model, "--trainer.limit_val_batches=1"])
-    assert "TokenDrop: blocks 0 of the ViT 'model' (VisionTransformer) keep 0.5 of the patch tokens: " in infos[-1]
+    assert "TokenDrop: block 0 of the ViT 'model' (VisionTransformer) keeps 0.5 of the patch tokens: " in infos[-1]

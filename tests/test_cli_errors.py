@@ -145,6 +145,18 @@ def test_mistakes__in_a_file(text, message, here, capsys):
     [
         (["--trainer.max_epochs=3", "fit"], "trainer.max_epochs is an option of fit; give it after fit."),
         (["--confg=a.yaml"], "no option is known by the name confg; did you mean config?"),
+        (["fitt"], "no subcommand is known by the name fitt; did you mean fit?"),
+        (
+            ["xyz"],
+            "no subcommand is known by the name xyz; there are fit, validate, test, predict, compare, export, merge, "
+            "plan, visualize.",
+        ),
+        (
+            ["fit"],
+            "fit was given nothing, expected a configuration, such as --config examples/quickstart.yaml, or options, "
+            "such as --trainer.max_epochs=3 for full fine-tuning of the bundled micro ViT on digits; 'lightning-bsr "
+            "fit --help' lists them.",
+        ),
     ],
 )
 def test_mistakes__before_the_subcommand(arguments, message, capsys):
@@ -166,6 +178,18 @@ def test_mistakes__no_subcommand_lists_them_all(arguments, here, capsys):
     assert [line.split()[0] for line in lines] == [*BSRCLI.subcommands()]
     assert "  predict    Run inference on your data." in lines
     assert "  merge      Make full weights of a delta file and of the weights that it was trained from." in lines
+
+
+def test_mistakes__a_list_keeps_its_lines(here, capsys):
+    model = ["--model=ViTClassifier", "--model.model_name=resnet18", "--model.pretrained=false"]
+    head_only = ["--trainer.callbacks+=BlockSelect", "--trainer.callbacks.blocks=[]"]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--trainer.accelerator=cpu", "--trainer.max_epochs=1", *model, *head_only])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    start = "lightning-bsr: error: No supported Vision Transformer was found in ViTClassifier."
+    (first,) = (number for number, line in enumerate(lines) if line.startswith(start))
+    assert {line.split(":")[0] for line in lines[first + 1 :]} >= {"  timm", "  torchvision", "  transformers"}
 
 
 def test_mistakes__of_a_configuration_from_python():

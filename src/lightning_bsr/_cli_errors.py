@@ -93,6 +93,12 @@ def _options_of(cls: type) -> list[str]:
 
 
 def _reason(message: str) -> str:
+    if match := re.search(r"argument subcommand: invalid choice: '(.+?)' \(choose from (.+)\)", message):
+        known = re.findall(r"[\w-]+", match[2])
+        close = difflib.get_close_matches(match[1], known, n=1)
+        return f"no subcommand is known by the name {match[1]}; " + (
+            f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}."
+        )
     if match := re.search(r"Expected a dot import path string: (.+)", message):
         return _unknown_class(match[1])
     if match := re.search(r"Expected a typing\.Literal\[(.+?)\]\.? Got value: (.+)", message):

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 
 from lightning.pytorch.cli import LightningCLI
@@ -45,13 +46,15 @@ def instantiating(cli: LightningCLI) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def without_infos() -> Iterator[None]:
-    """While the context lasts, Lightning says no more than its warnings."""
+    """While the context lasts, Lightning says no more than its warnings, and not how seldom it would log."""
     loggers = [logging.getLogger(name) for name in ("lightning.fabric", "lightning.pytorch")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -24,6 +24,11 @@ _WARNINGS_TO_HIDE = (
     "The '.*' does not have many workers",  # the data modules choose their workers
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # between lightning 2.6 and torch, not the user's to mend
 )
+_NOTHING_GIVEN = (
+    "fit was given nothing, expected a configuration, such as --config examples/quickstart.yaml, or options, such as "
+    "--trainer.max_epochs=3 for full fine-tuning of the bundled micro ViT on digits; 'lightning-bsr fit --help' lists "
+    "them."
+)
 
 
 class BSRCLI(LightningCLI):
@@ -79,7 +84,7 @@ class BSRCLI(LightningCLI):
         except ArgumentError as error:
             # Here it is still known which options there are.
             if 'expected "subcommand"' in str(error):
-                raise _NoSubcommandError(_overview()) from error
+                raise ConfigurationError(_overview()) from error
             parsers: dict[str, LightningArgumentParser] = getattr(self, "_subcommand_parsers", {})
             given = sys.argv[1:] if args is None else args
             command = next((one for one in given if one in parsers), "lightning-bsr")
@@ -132,10 +137,6 @@ class BSRCLI(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule)
 
 
-class _NoSubcommandError(ConfigurationError):
-    """Has a line for each subcommand."""
-
-
 def _overview() -> str:
     lines = ["no subcommand is given, expected one of:"]
     for name in BSRCLI.subcommands():
@@ -177,6 +178,8 @@ def main(args: list[str] | None = None) -> None:
     for message in _WARNINGS_TO_HIDE:
         warnings.filterwarnings("ignore", message)
     try:
+        if args == ["fit"]:
+            raise ConfigurationError(_NOTHING_GIVEN)
         BSRCLI(args)
     except (ArgumentError, ValueError) as error:
         # jsonargparse turns what a class's constructor raises into an error of its own.
@@ -185,6 +188,7 @@ def main(args: list[str] | None = None) -> None:
         )
         if mistake is None:
             raise
-        said = str(mistake) if isinstance(mistake, _NoSubcommandError) else one_line(str(mistake))
+        # What this package says in several lines is a list.
+        said = str(mistake) if isinstance(mistake, ConfigurationError) else one_line(str(mistake))
         print(f"lightning-bsr: error: {said}", file=sys.stderr)
         sys.exit(2)

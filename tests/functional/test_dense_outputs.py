@@ -64,7 +64,7 @@ def test_restore__forward_intermediates_of_timm():
 def test_restore__second_handle_is_refused():
     made = family("timm")
     first = install_token_drop(made.model, [1], 0.5, restore=True)
-    assert str(first) == ("blocks 1 of the ViT (VisionTransformer) keep 0.5 of the patch tokens: 19 -> 12 -> 19 tokens")
+    assert str(first) == ("block 1 of the ViT (VisionTransformer) keeps 0.5 of the patch tokens: 19 -> 12 -> 19 tokens")
     assert first.num_tokens(16) == [19, 12, 12, 19]
     for restore in (False, True):
         with pytest.raises(ConfigurationError) as error:

@@ -138,7 +138,7 @@ def test_fit_budget__report_and_frontier():
     with console.capture() as capture:
         console.print(found.table())
     text = capture.get()
-    assert "What 614.4 KiB of activations can buy" in text
+    assert "What 614.4 KiB of activations can buy, beside other budgets" in text
     assert f"chosen: {found.choice}" in text
     numbers = json.loads(json.dumps(found.to_dict()))
     assert numbers["choice"]["blocks"] == {str(i): list(parts) for i, parts in found.choice.blocks.items()}
@@ -187,13 +187,13 @@ def test_fit_budget__nothing_fits_is_said_before_the_batches_are_looked_at():
     with_drops = plan(model, batches()[0], forward=loss_of(model)).activations
     dropping.remove()
     head_only.remove()
-    too_small = "but the least that fine-tuning the ViT (VisionTransformer) can do with is"
+    too_small = "but fine-tuning the ViT (VisionTransformer) takes"
     assert said("1KiB", keep_rates=()) == (
-        f"budget is 1.0 KiB of memory, {too_small} {format_bytes(needs)} (train the head only); give more, or a "
-        "smaller batch."
+        f"budget is 1.0 KiB of memory, {too_small} {format_bytes(needs)} at least (train the head only); give "
+        "more, or a smaller batch."
     )
     assert said("1KiB", kind="activations") == (
-        f"budget is 1.0 KiB of activations, {too_small} {format_bytes(with_drops)} or more, whatever is chosen; give "
+        f"budget is 1.0 KiB of activations, {too_small} more than {format_bytes(with_drops)}, whatever is chosen; give "
         "more, or a smaller batch."
     )
 
@@ -211,7 +211,7 @@ def test_fit_budget__nothing_fits_but_with_drops_that_the_loss_forbids():
     with pytest.raises(ConfigurationError) as error:
         fit_budget(model, batches(), needs - 1, kind="activations", forward=loss_by_tokens, max_drops=1)
     assert str(error.value).endswith(
-        f"can do with is {format_bytes(needs)} (train the head only); give more, or a smaller batch."
+        f"takes {format_bytes(needs)} at least (train the head only); give more, or a smaller batch."
     )
 
 

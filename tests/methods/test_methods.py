@@ -301,7 +301,7 @@ def test_fine_tune__late_builders_and_the_bundled_classifier(name, make_trainer,
 def test_fine_tune__says_what_it_does(make_trainer, images, infos):
     make_trainer(FineTune("head"), fast_dev_run=True).fit(PlainModule(), images)
     assert (
-        "FineTune: head: blocks none of 6 train in the ViT 'model' (VisionTransformer): 132 of 80,100 parameters "
+        "FineTune: head: no block of 6 trains in the ViT 'model' (VisionTransformer): 132 of 80,100 parameters "
         "(0.2 %)." in infos
     )
 

@@ -181,7 +181,7 @@ def test_memory_budget__too_small_says_what_the_least_is(here, capsys):
         plan("--memory_budget=1KiB", "--probe_batches=2", "--output=plan.yaml")
     assert stop.value.code == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("lightning-bsr: error: budget is 1.0 KiB of memory, but the least that fine-tuning the ViT")
+    assert said.startswith("lightning-bsr: error: budget is 1.0 KiB of memory, but fine-tuning the ViT")
     assert names_in(here) == ["cfg.yaml"]
 
 

@@ -57,8 +57,9 @@ class BlockSelection:
             str(index) if len(parts) == len(get_args(Part)) else f"{index} ({parts[0]} only)"
             for index, parts in self.parts.items()
         )
+        some = f"blocks {blocks}" if len(self.parts) > 1 else f"block {blocks}" if blocks else "no block"
         return (
-            f"blocks {blocks or 'none'} of {len(self.view.blocks)} train in the {self.view.name}: "
+            f"{some} of {len(self.view.blocks)} train{'' if len(self.parts) > 1 else 's'} in the {self.view.name}: "
             f"{trained:,} of {total:,} parameters ({100 * trained / total:.1f} %)"
         )
 

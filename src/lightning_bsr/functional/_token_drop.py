@@ -94,8 +94,9 @@ class TokenDropHandle:
             return f"no block of the {self.view.name} drops tokens"
         shares = [f"{rate:g}" for rate in self.keep_rates.values()]
         shares = shares[:1] if len(set(shares)) == 1 else shares
-        blocks = ", ".join(map(str, self.forwards))
-        text = f"blocks {blocks} of the {self.view.name} keep {', '.join(shares)} of the patch tokens"
+        blocks, keep = ("block", "keeps") if len(self.forwards) == 1 else ("blocks", "keep")
+        indices = ", ".join(map(str, self.forwards))
+        text = f"{blocks} {indices} of the {self.view.name} {keep} {', '.join(shares)} of the patch tokens"
         patches = self.view.num_patch_tokens
         if patches is None:
             return text

@@ -79,12 +79,13 @@ class BudgetPlan:
         assert full.peak is not None
         assert full.flops is not None
         table = Table(
-            title=f"What {format_bytes(self.budget)} of {BUDGETED[self.kind]} can buy",
-            caption=f"chosen: {self.choice}\nfull fine-tuning: activations {format_bytes(full.activations)}, "
-            f"peak {format_bytes(full.peak)}; the least that any choice needs: {format_bytes(self.least)}",
+            title=f"What {format_bytes(self.budget)} of {BUDGETED[self.kind]} can buy, beside other budgets",
+            caption=f"chosen: {self.choice}\nworth: 1 is full fine-tuning and 0 the head alone, by estimate\n"
+            f"full fine-tuning: activations {format_bytes(full.activations)}, peak {format_bytes(full.peak)}; "
+            f"the least that any choice needs: {format_bytes(self.least)}",
         )
         table.add_column("configuration", overflow="fold")
-        for column in ("activations", "peak", "compute", "worth"):
+        for column in ("activations", "peak", "compute, of full", "worth"):
             table.add_column(column, justify="right")
         for point in self.frontier:
             table.add_row(
@@ -231,14 +232,14 @@ def fit_budget(
         floor = search.floor()
         floor_bytes = bytes_of(search.plan(floor))
         if floor_bytes > limit:
-            what = "or more, whatever is chosen" if floor.drop else f"({floor})"
-            raise _too_small(limit, kind, view, f"{format_bytes(floor_bytes)} {what}")
+            bound = f"takes more than {format_bytes(floor_bytes)}, whatever is chosen"
+            raise _too_small(limit, kind, view, bound if floor.drop else _least(floor_bytes, floor))
     say = on_progress or _say_nothing
     probed = search.look_at(seen, lambda batch: to_loss(call(batch)), say)
     least = search.least()
     least_bytes = bytes_of(search.plan(least))
     if least_bytes > limit:
-        raise _too_small(limit, kind, view, f"{format_bytes(least_bytes)} ({least})")
+        raise _too_small(limit, kind, view, _least(least_bytes, least))
     say(f"Searching what to train and to compute again; ways to drop tokens: {search.num_patterns:,}.")
     found = search.best_that_fits(limit, _THRIFT)
     choice, worth = (found.configuration, found.worth) if found else (least, 0.0)
@@ -257,11 +258,15 @@ def fit_budget(
     )
 
 
-def _too_small(limit: int, kind: BudgetKind, view: ViTView, least: str) -> ConfigurationError:
+def _too_small(limit: int, kind: BudgetKind, view: ViTView, takes: str) -> ConfigurationError:
     return ConfigurationError(
-        f"budget is {format_bytes(limit)} of {BUDGETED[kind]}, but the least that fine-tuning the {view.name} can do "
-        f"with is {least}; give more, or a smaller batch."
+        f"budget is {format_bytes(limit)} of {BUDGETED[kind]}, but fine-tuning the {view.name} {takes}; give more, "
+        "or a smaller batch."
     )
+
+
+def _least(num_bytes: int, configuration: Configuration) -> str:
+    return f"takes {format_bytes(num_bytes)} at least ({configuration})"
 
 
 def _frontier(search: BudgetSearch, choice: Configuration, worth: float) -> tuple[Candidate, ...]:
