@@ -95,6 +95,7 @@ ROWS: dict[str, Callable[[str], nn.Module]] = {
     "+ exact": _bsr(lean="exact"),
     "+ exact, skip_unread": _bsr(lean="exact", skip_unread=True),
     "+ exact, skip_unread, fold_norms": _bsr(lean="exact", skip_unread=True, fold_norms=True),
+    "+ exact, skip_unread, attention_by_products": _bsr(lean="exact", skip_unread=True, products=True),
     "+ exact, skip_unread, fold_norms, attention_by_products": _bsr(
         lean="exact", skip_unread=True, fold_norms=True, products=True
     ),
