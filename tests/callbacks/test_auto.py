@@ -217,7 +217,7 @@ def test_auto__token_drop_must_come_before(make_trainer, images):
 
 def test_auto__nothing_fits(make_trainer, images):
     module = Small()
-    with pytest.raises(ConfigurationError, match=r"budget is 1\.0 KiB of activations, but the least"):
+    with pytest.raises(ConfigurationError, match=r"budget is 1\.0 KiB of activations, but fine-tuning the"):
         make_trainer(auto("1KiB")).fit(module, images)
     assert set(forwards(module)) == {"NoneType"}
     assert all(p.requires_grad for p in module.parameters())
