@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.callbacks import TokenDropVisualizer
+from lightning_bsr.callbacks._conflicts import callbacks_of
 from lightning_bsr.callbacks._figures import publish_figure
 from lightning_bsr.data._pictures import load_rgb
 from lightning_bsr.drawing import plot_blocks
@@ -56,7 +57,7 @@ class VisualizeCommand(Trainer):
         """
         planner: FitPlanner[MemoryReport | ConfigurationError] = FitPlanner(lambda step: _plan(step, vit))
         visualizer = TokenDropVisualizer(output, num_images=num_images, vit=vit)
-        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]  # set by one of the Trainer's connectors
+        callbacks = callbacks_of(self)
         callbacks.append(planner)
         self.fit(model, datamodule=datamodule)
         callbacks[-1] = visualizer

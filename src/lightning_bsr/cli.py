@@ -17,6 +17,7 @@ from lightning_bsr._cli_errors import one_line
 from lightning_bsr._cli_saved import SaveConfig
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr._subcommands import SUBCOMMANDS, TRAINS_NOTHING, CommandTrainer, instantiating, without_infos
+from lightning_bsr.callbacks._conflicts import callbacks_of
 
 _WARNINGS_TO_HIDE = (
     "LightningCLI's args parameter is intended to run from within Python",  # as main's is
@@ -129,7 +130,7 @@ class BSRCLI(LightningCLI):
     def before_fit(self) -> None:
         """Have it said if a checkpoint leaves nothing to train."""
         if self._ckpt_path:
-            self.trainer.callbacks.append(FinishedRun())  # type: ignore[attr-defined]  # set by one of the Trainer's connectors
+            callbacks_of(self.trainer).append(FinishedRun())
 
     def after_fit(self) -> None:
         """Test the trained model, if asked to."""

@@ -23,7 +23,7 @@ NEW_RUN = (
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """List the callbacks of ``trainer``."""
+    """Give the list of callbacks that ``trainer`` goes by; what is appended to it takes part."""
     return trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # set by one of the Trainer's connectors
 
 

@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.callbacks._attach import AttachingCallback
 from lightning_bsr.callbacks._base_left_out import CompletesCheckpoints, leave_out_base
+from lightning_bsr.callbacks._conflicts import callbacks_of
 from lightning_bsr.functional._delta import frozen_fingerprints, save_delta, trained_tensors
 from lightning_bsr.functional._delta_file import non_finite, replacing
 
@@ -208,7 +209,7 @@ class DeltaCheckpoint(ModelCheckpoint):
                 f"The Trainer writes checkpoints by {type(io).__name__}, expected TorchCheckpointIO, so that a "
                 "resumable DeltaCheckpoint knows when a file is whole."
             )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by one of the Trainer's connectors
+        for callback in callbacks_of(trainer):
             if isinstance(callback, WeightAveraging):
                 raise ConfigurationError(
                     f"{type(callback).__name__} evaluates averaged weights, and DeltaCheckpoint would save those that "
@@ -224,7 +225,7 @@ def delta_path(path: str | Path) -> Path:
 def _described(trainer: Trainer) -> list[dict[str, Any]]:
     """Describe this package's callbacks: their arguments, and what they made of them."""
     described = []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by one of the Trainer's connectors
+    for callback in callbacks_of(trainer):
         if isinstance(callback, AttachingCallback):
             arguments = {name: getattr(callback, name) for name in inspect.signature(type(callback)).parameters}
             described.append({"class": type(callback).__name__, "arguments": arguments, "state": callback.state_dict()})

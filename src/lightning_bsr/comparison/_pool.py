@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -94,11 +94,11 @@ class Pool:
 
     def wait(self) -> tuple[Any, Any]:
         """Wait for any job; return its name and its result or :class:`Failure`."""
-        listening = {worker.connection: name for name, worker in self._busy.items()}
-        sentinels = {worker.process.sentinel: name for name, worker in self._busy.items()}
+        listening: dict[Any, Any] = {worker.connection: name for name, worker in self._busy.items()}
+        sentinels: dict[Any, Any] = {worker.process.sentinel: name for name, worker in self._busy.items()}
         ready = wait([*listening, *sentinels])
         # What was sent before a death is in the connection still.
-        name = next((listening[one] for one in ready if one in listening), None) or sentinels[ready[0]]  # type: ignore[index]  # the stub's union of handles
+        name = next(names[one] for names in (listening, sentinels) for one in ready if one in names)
         worker = self._busy.pop(name)
         try:
             result = worker.connection.recv()
@@ -141,17 +141,17 @@ class _Worker:
         return Failure(f"The process died of {cause}{hint}.")
 
 
-class _sigint_ignored:  # noqa: N801  # reads as the statement that it is
+@contextlib.contextmanager
+def _sigint_ignored() -> Iterator[None]:
     """A started process inherits that it ignores Ctrl-C: its parent ends it, and it prints no traceback."""
-
-    def __enter__(self) -> None:
-        self.main = threading.current_thread() is threading.main_thread()
-        if self.main:
-            self.before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def __exit__(self, *exception: object) -> None:
-        if self.main:
-            signal.signal(signal.SIGINT, self.before)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _serve(connection: Connection, log: Path) -> None:

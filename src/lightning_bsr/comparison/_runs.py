@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from typing_extensions import override
 
 from lightning_bsr.callbacks import ActivationMemoryMonitor
+from lightning_bsr.callbacks._conflicts import callbacks_of
 from lightning_bsr.memory import MemoryReport
 from lightning_bsr.methods import FineTune
 from lightning_bsr.planning import plan_fit
@@ -145,16 +146,6 @@ class _Witness(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.batch_size is None:
             self.batch_size = extract_batch_size(batch)
-
-
-def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """Return the list of callbacks that the Trainer goes by.
-
-    Args:
-        trainer: A Trainer.
-    """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by one of its connectors
-    return callbacks
 
 
 def _tested(cli: LightningCLI, **options: Any) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)  # noqa: PTH105  # the same as Path.replace, under the name that people look for
+        partial.replace(path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             partial.unlink()

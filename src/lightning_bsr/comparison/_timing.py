@@ -11,7 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from typing_extensions import override
 
-from lightning_bsr.comparison._runs import Build, callbacks_of
+from lightning_bsr.callbacks._conflicts import callbacks_of
+from lightning_bsr.comparison._runs import Build
 
 TURNS = 3
 _WARM_UP_STEPS = 2

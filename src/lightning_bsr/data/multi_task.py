@@ -145,12 +145,14 @@ class MultiTaskDataModule(LightningDataModule):
         Raises:
             ConfigurationError: A data module does not say.
         """
-        counts = {name: getattr(module, "num_classes", None) for name, module in self.tasks.items()}
-        for name, count in counts.items():
+        counts: dict[str, int] = {}
+        for name, module in self.tasks.items():
+            count = getattr(module, "num_classes", None)
             if count is None:
-                kind = type(self.tasks[name]).__name__
+                kind = type(module).__name__
                 raise ConfigurationError(f"The data module of the task {name!r} ({kind}) has no num_classes.")
-        return counts  # type: ignore[return-value]  # as just checked
+            counts[name] = count
+        return counts
 
     @property
     def class_names(self) -> dict[str, list[str]]:

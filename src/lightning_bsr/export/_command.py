@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_bsr._errors import ConfigurationError
+from lightning_bsr.callbacks._conflicts import callbacks_of
 from lightning_bsr.callbacks._training_step import load_batches
 from lightning_bsr.export._export import Exported, check_path, export_model
 from lightning_bsr.export._formats import Format, check_format
@@ -74,7 +75,7 @@ class ExportCommand(Trainer):
         """
         path = Path(output)
         exporter = _Exporter(path, check_format(path, format), batch_size, overwrite, delta, vit)
-        self.callbacks.append(exporter)  # type: ignore[attr-defined]  # set by one of the Trainer's connectors
+        callbacks_of(self).append(exporter)
         with warnings.catch_warnings():
             # No checkpoint is written.
             warnings.filterwarnings("ignore", "The dirpath has changed from")

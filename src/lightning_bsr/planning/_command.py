@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_bsr._cli_configuration import fit_configuration
 from lightning_bsr._errors import ConfigurationError
 from lightning_bsr._version import __version__
+from lightning_bsr.callbacks._conflicts import callbacks_of
 from lightning_bsr.memory import BudgetPlan, MemoryReport, format_bytes, largest_batch_size, reference_accounting
 from lightning_bsr.planning import FitPlanner, FitStep
 from lightning_bsr.planning._configuration import left_out, planned_configuration, to_yaml
@@ -74,7 +75,7 @@ class PlanCommand(Trainer):
         section = self.cli.config[str(self.cli.subcommand)]
         settings = PlanSettings.of(section.as_dict())
         planner = FitPlanner(lambda step: _answer(step, settings))
-        self.callbacks.append(planner)  # type: ignore[attr-defined]  # set by one of the Trainer's connectors
+        callbacks_of(self).append(planner)
         with contextlib.redirect_stdout(sys.stderr) if settings.quiet else contextlib.nullcontext():
             self.fit(model, datamodule=datamodule)
         if planner.result is None:

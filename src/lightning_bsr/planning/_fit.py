@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from typing_extensions import override
 
 from lightning_bsr.callbacks._attach import AttachingCallback
+from lightning_bsr.callbacks._conflicts import callbacks_of
 from lightning_bsr.callbacks._training_step import first_batches, optimizers_over_all, quiet_training_step
 from lightning_bsr.callbacks.release_gradients import releases_gradients
 from lightning_bsr.memory import BudgetPlan, MemoryReport, fit_budget, measure, plan
@@ -112,7 +113,7 @@ class FitPlanner(Callback, Generic[T]):
         # Else they would overrule it.
         trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = 0
         (batch,) = first_batches(trainer, pl_module, trainer.fit_loop._combined_loader, 1)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by one of the Trainer's connectors
+        for callback in callbacks_of(trainer):
             if isinstance(callback, AttachingCallback):
                 # Some set modes and keep rates batch by batch.
                 callback.on_train_batch_start(trainer, pl_module, batch, 0)
