@@ -15,6 +15,8 @@ from plain_modules import RandomImages
 # processes that tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# lightning 2.6 calls what jsonargparse 4.49 deprecates, with a warning that is too long for a filter.
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -54,12 +56,6 @@ def recorder_listens() -> bool:
 def _no_hooks_left():
     yield
     assert not recorder_listens()
-
-
-@pytest.fixture
-def hide_what_lightning_calls(monkeypatch):
-    """Leave out a warning that is too long for a filter: lightning 2.6 calls what jsonargparse 4.49 deprecates."""
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
 
 pytestmark = [
-    pytest.mark.usefixtures("hide_what_lightning_calls"),
     pytest.mark.filterwarnings(
         "ignore:LightningCLI's args parameter is intended to run from within Python",  # with pytest's sys.argv
         "ignore:The dirpath has changed from",  # what is evaluated comes from another run's folder

@@ -26,14 +26,6 @@ DROPPING = ["--trainer.callbacks+=TokenDrop", "--trainer.callbacks.blocks=[0]", 
 QUIET = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.limit_test_batches=1"]
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    # lightning 2.6 calls add_instantiator, which jsonargparse deprecates with a warning too long for a filter.
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def refusal(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)

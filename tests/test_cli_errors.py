@@ -9,7 +9,6 @@ from lightning_bsr._errors import ConfigurationError
 from lightning_bsr.cli import BSRCLI, main
 
 pytestmark = [
-    pytest.mark.usefixtures("hide_what_lightning_calls"),
     pytest.mark.filterwarnings(
         "ignore:LightningCLI's args parameter is intended to run from within Python",  # with pytest's sys.argv
     ),

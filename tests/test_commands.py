@@ -97,7 +97,6 @@ def finished_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # as below
         (folder / "config.yaml").write_text(CONFIGURATION)
         main(["fit", "--config=config.yaml", *ONE_STEP])
     torch.manual_seed(0)
@@ -123,8 +122,6 @@ def picture(image):
 @pytest.fixture
 def here(finished_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # lightning 2.6 calls add_instantiator, which jsonargparse deprecates with a warning too long for a filter.
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
     for name in ("examples", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)

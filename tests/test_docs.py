@@ -22,9 +22,7 @@ def pages_with(*languages):
     return pytest.mark.parametrize("page", pages, ids=[page.relative_to(ROOT).as_posix() for page in pages])
 
 
-def parse(arguments, monkeypatch):
-    # lightning 2.6 calls add_instantiator, which jsonargparse deprecates with a warning too long for a filter.
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+def parse(arguments):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     return stop.value.code
@@ -42,11 +40,11 @@ def test_python_blocks__run_in_their_order(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if configurations_of(page)], ids=lambda page: page.name)
-def test_yaml_blocks__parse(page, tmp_path, monkeypatch, capsys):
+def test_yaml_blocks__parse(page, tmp_path, capsys):
     for number, configuration in enumerate(configurations_of(page)):
         path = tmp_path / f"{number}.yaml"
         path.write_text(configuration)
-        assert parse(["fit", f"--config={path}", "--print_config"], monkeypatch) == 0, capsys.readouterr().err
+        assert parse(["fit", f"--config={path}", "--print_config"]) == 0, capsys.readouterr().err
 
 
 def test_blocks_of__finds_code_and_what_is_not_run(tmp_path):

@@ -23,8 +23,6 @@ def equal(one, other):
 
 def test_merge__takes_the_base_from_the_configuration_or_a_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    # lightning 2.6 calls add_instantiator, which jsonargparse deprecates with a warning too long for a filter.
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     base, trained = ViTClassifier(), ViTClassifier()
     trained.load_state_dict(base.state_dict())
     save_file(base.model.state_dict(), "base.safetensors")

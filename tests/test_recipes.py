@@ -89,12 +89,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.fixture(autouse=True)
-def _hide_what_lightning_calls(monkeypatch):
-    # lightning 2.6 calls add_instantiator, which jsonargparse deprecates with a warning too long for a filter.
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-
-
 def configs(recipe, method):
     return [f"--config={RECIPES / recipe}.yaml", f"--config={RECIPES / 'methods' / method}.yaml"]
 

@@ -15,7 +15,6 @@ from pages import TUTORIAL, blocks_of, commands_in
 @pytest.mark.usefixtures("short_frontier")
 def test_tutorial__from_pictures_to_an_exported_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what lightning calls
     done = []
     for block in blocks_of(TUTORIAL, "python", "yaml", "bash"):
         if block.not_run:

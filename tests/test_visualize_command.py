@@ -43,8 +43,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    # lightning 2.6 calls add_instantiator, which jsonargparse deprecates with a warning too long for a filter.
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     monkeypatch.chdir(tmp_path)
     Path("cfg.yaml").write_text(CONFIG)
     return tmp_path

@@ -9,12 +9,6 @@ from lightning_bsr.comparison import Settings
 from lightning_bsr.comparison._pool import Failure
 
 
-@pytest.fixture(autouse=True)
-def _hide_what_lightning_calls(monkeypatch):
-    # lightning 2.6 calls add_instantiator, which jsonargparse deprecates with a warning too long for a filter.
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-
-
 @pytest.fixture
 def build():
     return functools.partial(BSRCLI, run=False)

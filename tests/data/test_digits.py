@@ -184,8 +184,6 @@ def test_trainer__learns_tests_and_predicts(make_trainer):
 def test_cli__builds_the_module_from_yaml_and_writes_it_back(tmp_path, monkeypatch):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({"data": {"batch_size": 8, "mean": [0.1, 0.2, 0.3], "augment": False}}))
-    # Lightning 2.6 calls a method that newer jsonargparse has renamed.
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     monkeypatch.setattr("sys.argv", ["command", "--config", str(config)])
     cli = LightningCLI(
         Classifier,

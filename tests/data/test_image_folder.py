@@ -205,8 +205,6 @@ def test_cli__builds_the_module_from_yaml_and_writes_it_back(root, tmp_path, mon
     config = tmp_path / "config.yaml"
     options = {"root": str(root), "mean": [0.1, 0.2, 0.3], "scale": [0.5, 1.0], "hflip": False}
     config.write_text(yaml.safe_dump({"data": options}))
-    # Lightning 2.6 calls a method that newer jsonargparse has renamed.
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     monkeypatch.setattr("sys.argv", ["command", "--config", str(config)])
     cli = LightningCLI(
         MeanColour,

@@ -45,8 +45,6 @@ def run(path, pictures):
 
 def test_export__takes_a_checkpoint_and_the_drop_from_the_configuration(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    # lightning 2.6 calls add_instantiator, which jsonargparse deprecates with a warning too long for a filter.
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     main(["fit", "--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0", *QUIET])
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     main(["export", "--output=model.onnx", f"--ckpt-path={checkpoint}", "--batch-size=2", *DROPPING])
@@ -135,7 +133,6 @@ def test_export__of_a_module_without_drops_says_so(data, tmp_path, capsys):
     ],
 )
 def test_mistakes__end_in_one_line_before_anything_is_made(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "old.onnx").touch()
     (tmp_path / "folder.pt2").mkdir()
